@@ -1,0 +1,35 @@
+# `make run` and `make test` work on a fresh machine that has Python (3.10 or newer) and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN_ARGS ?=
+
+.PHONY: run test lint clean help
+
+help:
+	@echo "make run    set up .venv and run the whole journey on the embedded data (RUN_ARGS='--model convnet')"
+	@echo "make test   set up .venv, check style and types, run the tests"
+	@echo "make lint   style and types only"
+	@echo "make clean  remove .venv and caches"
+
+$(STAMP): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("planish needs Python 3.10 or newer; try: make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else None'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,onnx]'
+	touch $(STAMP)
+
+run: $(STAMP)
+	$(BIN)/planish run $(RUN_ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# one thread a worker: two torch threads on a busy core are slower than one
+test: lint
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+clean:
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache
