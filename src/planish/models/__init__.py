@@ -1,0 +1,21 @@
+"""Models by name, with their weights and the preprocessing that they expect."""
+
+from planish.models.embedded import EMBEDDED_MODELS, card
+from planish.models.load import LoadedModel, build, check_classes, load_model
+from planish.models.preprocessing import Preprocessing, preprocessing_from
+from planish.models.weights import fit_weights, read_weights, save_weights, state_hash
+
+__all__ = [
+    "EMBEDDED_MODELS",
+    "LoadedModel",
+    "Preprocessing",
+    "build",
+    "card",
+    "check_classes",
+    "fit_weights",
+    "load_model",
+    "preprocessing_from",
+    "read_weights",
+    "save_weights",
+    "state_hash",
+]

@@ -1,0 +1,171 @@
+"""A model by name: embedded, from timm, or from a Python file."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from planish.errors import PlanishError
+from planish.models.embedded import EMBEDDED_MODELS, build_embedded, card, embedded_preprocessing, embedded_state
+from planish.models.foreign import build_from_file, foreign_preprocessing, split_file_name
+from planish.models.preprocessing import Preprocessing, timm_preprocessing
+from planish.models.weights import fit_weights, read_weights, state_hash
+
+if TYPE_CHECKING:
+    from planish.data import ImageData
+
+_HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+
+
+@dataclass
+class LoadedModel:
+    """A model and what must be known of it; ``recipe`` is what :func:`build` makes the same architecture from."""
+
+    model: nn.Module
+    name: str
+    preprocessing: Preprocessing
+    weights_hash: str
+    recipe: dict[str, Any]
+
+
+def load_model(
+    name: str = "vit", *, weights: Path | str | None = None, num_classes: int | None = None, trust: bool = False
+) -> LoadedModel:
+    """Load ``"vit"`` or ``"convnet"`` (embedded), ``"path/file.py:function"``, or a timm model; in evaluation mode.
+
+    Args:
+        weights: a safetensors or torch checkpoint of this architecture. Without it an embedded network has its own
+            weights, a timm model its published ones (downloaded), a model from a file what its function gave it.
+        num_classes: size of the head. Default: what the checkpoint has. Another one than the pretrained weights' gets
+            a new head, the same for every call.
+        trust: whether code in a named Python file may be run.
+
+    Raises:
+        PlanishError: for an unknown name, weights that cannot be had or do not fit, or a file that builds no model.
+    """
+    if num_classes is not None and num_classes < 2:
+        raise PlanishError(f"num_classes is {num_classes}: a classifier needs at least two classes")
+    state = None if weights is None else read_weights(weights)[0]
+    if (file := split_file_name(name)) is not None:
+        recipe: dict[str, Any] = {"source": "file", "path": str(file[0].resolve()), "function": file[1]}
+        model = build(recipe, trust=trust)
+        preprocessing = foreign_preprocessing(model)
+    elif name in EMBEDDED_MODELS:
+        model, recipe = _embedded(name, state, num_classes)
+        preprocessing = embedded_preprocessing(card(name))
+    else:
+        model, recipe = _from_timm(name, state, num_classes)
+        preprocessing = timm_preprocessing(model)
+    if state is not None:
+        fit_weights(model, state, name=name, source=str(weights))
+    return LoadedModel(model.eval(), name, preprocessing, state_hash(model), recipe)
+
+
+def build(recipe: Mapping[str, Any], *, trust: bool = False) -> nn.Module:
+    """The architecture of a recipe, with random weights (or what a file's function gives it).
+
+    Raises:
+        PlanishError: for a recipe that is not understood, or one that would run a Python file without ``trust``.
+    """
+    import timm
+
+    source = recipe.get("source")
+    if source == "file":
+        path, function = Path(str(recipe["path"])), str(recipe["function"])
+        if not trust:
+            raise PlanishError(
+                f"{path.name}:{function} would run the Python code in {path}: allow it with trust=True if you trust it"
+            )
+        return build_from_file(path, function)
+    if source == "timm":
+        return timm.create_model(recipe["architecture"], pretrained=False, **recipe["arguments"])
+    raise PlanishError(f"a model of the source {source!r} cannot be built: expected 'timm' or 'file'")
+
+
+def _embedded(
+    name: str, state: Mapping[str, Tensor] | None, num_classes: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    values = card(name)
+    model = build_embedded(values)
+    classes = num_classes or _head_size(model, state) or values["arguments"]["num_classes"]
+    if state is None:
+        fit_weights(model, embedded_state(name), name=name, source="the embedded file")
+    arguments = {**values["arguments"], "num_classes": classes}
+    if classes != values["arguments"]["num_classes"]:
+        _new_head(model, classes)
+    return model, {"source": "timm", "architecture": values["architecture"], "arguments": arguments}
+
+
+def _from_timm(
+    name: str, state: Mapping[str, Tensor] | None, num_classes: int | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    import timm
+
+    if not name.startswith(_HUBS) and not timm.is_model(name.split(".")[0]):
+        known = [*EMBEDDED_MODELS, *timm.list_models()]
+        close = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.0)
+        raise PlanishError(f"there is no model {name!r}: the closest of timm's and planish's are {', '.join(close)}")
+    try:
+        model = timm.create_model(name, pretrained=state is None)
+    except Exception as error:  # urllib, httpx, huggingface_hub and timm each raise their own
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if state is not None:
+            raise PlanishError(f"timm cannot build {name}: {reason}") from error
+        raise PlanishError(
+            f"the pretrained weights of {name} could not be fetched: {reason}; --weights FILE loads local ones"
+        ) from error
+    classes = num_classes or _head_size(model, state)
+    arguments = {}
+    if classes is not None and classes != model.num_classes:
+        _new_head(model, classes)
+    if classes is not None:
+        arguments["num_classes"] = classes
+    return model, {"source": "timm", "architecture": name, "arguments": arguments}
+
+
+def _head_size(model: nn.Module, state: Mapping[str, Tensor] | None) -> int | None:
+    """The number of classes of a checkpoint for a timm model, by the name of its classifier."""
+    config: Any = getattr(model, "pretrained_cfg", {})
+    classifier = config.get("classifier")
+    weight = None if state is None or not isinstance(classifier, str) else state.get(f"{classifier}.weight")
+    return None if weight is None else len(weight)
+
+
+def _new_head(model: Any, classes: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model.reset_classifier(classes)
+
+
+@torch.no_grad()
+def check_classes(model: nn.Module, data: ImageData) -> None:
+    """Put one test image through the model and compare the width of its output with the number of classes.
+
+    Raises:
+        PlanishError: when they differ, or when the model cannot take such an image.
+    """
+    image = data.test[0][0][None]
+    parameter = next(model.parameters(), None)
+    training = model.training
+    try:
+        output = model.eval()(image if parameter is None else image.to(parameter))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise PlanishError(
+            f"the model cannot take images of shape {tuple(image.shape[1:])} as {data.name} gives them: {error}"
+        ) from error
+    finally:
+        model.train(training)
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        shape = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
+        raise PlanishError(f"the model's output has {shape}, expected logits of shape (images, classes)")
+    if output.shape[1] != len(data.classes):
+        raise PlanishError(
+            f"the model gives {output.shape[1]} logits and {data.name} has {len(data.classes)} classes: "
+            f"give num_classes={len(data.classes)} for a new head, or data with the model's classes"
+        )
