@@ -1,0 +1,25 @@
+"""Sites and taps on any model: where tensors enter matrix products, and what is done to them there."""
+
+from planish.network.coverage import Assignment, assign, check_covered
+from planish.network.folding import fold_batchnorm
+from planish.network.ledger import Ledger, ledger
+from planish.network.norms import reestimate_batchnorm
+from planish.network.sites import Product, Site, Watched, watch
+from planish.network.taps import attach, detach, taps_of
+
+__all__ = [
+    "Assignment",
+    "Ledger",
+    "Product",
+    "Site",
+    "Watched",
+    "assign",
+    "attach",
+    "check_covered",
+    "detach",
+    "fold_batchnorm",
+    "ledger",
+    "reestimate_batchnorm",
+    "taps_of",
+    "watch",
+]

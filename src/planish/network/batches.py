@@ -1,0 +1,71 @@
+"""What goes into a model and what comes out, for the shapes that PyTorch, timm and Hugging Face use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from planish.errors import PlanishError
+
+_LABELS = ("labels", "label", "target", "targets")
+
+
+def call_model(model: nn.Module, inputs: Any) -> Any:
+    """``model(inputs)``, where a tuple is spread over the arguments and a mapping over the keywords."""
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
+
+
+def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
+    """A batch as (inputs, labels): ``(images, labels)``, a mapping with a key such as ``labels``, or bare images."""
+    if isinstance(batch, Mapping):
+        key = next((k for k in _LABELS if k in batch), None)
+        return {k: v for k, v in batch.items() if k != key}, None if key is None else batch[key]
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 2:
+            return batch[0], batch[1]
+        if len(batch) == 1:
+            return batch[0], None
+        raise PlanishError(
+            f"a batch of the loader has {len(batch)} parts; planish takes (images, labels), "
+            f"a mapping with 'labels', or images"
+        )
+    return batch, None
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in a model's output: a tensor, an object or mapping with ``logits``, or the first part of a tuple."""
+    if isinstance(output, Tensor):
+        return output
+    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
+        logits = output[0]
+    if not isinstance(logits, Tensor):
+        raise PlanishError(
+            f"the model returns a {type(output).__name__} without logits; return a tensor, a tuple that starts with "
+            f"one, or an object with an attribute called logits"
+        )
+    return logits
+
+
+def to_device(inputs: Any, device: Any) -> Any:
+    """Every tensor in the inputs, moved."""
+    return _map_tensors(inputs, lambda tensor: tensor.to(device))
+
+
+def first_image(inputs: Any) -> Any:
+    """The inputs with a batch of one."""
+    return _map_tensors(inputs, lambda tensor: tensor[:1])
+
+
+def _map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    if isinstance(inputs, Tensor):
+        return function(inputs)
+    if isinstance(inputs, Mapping):
+        return {key: _map_tensors(value, function) for key, value in inputs.items()}
+    if isinstance(inputs, (tuple, list)):
+        return type(inputs)(_map_tensors(value, function) for value in inputs)
+    return inputs

@@ -1,0 +1,90 @@
+"""Which site gets which format: a scheme laid over the products of a model, with nothing left out silently."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+
+from planish.errors import PlanishError
+from planish.network.sites import Product, Site, Watched
+from planish.scheme import Format, Scheme
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """A scheme applied to a model: the format of every site, ``None`` where it stays in float."""
+
+    scheme: Scheme
+    products: tuple[Product, ...]
+    formats: Mapping[str, Format | None]
+    allowed: tuple[Product, ...] = ()  # products left in float because the caller said so
+
+    def quantized(self) -> Iterator[tuple[Site, Format]]:
+        """Every site that gets a grid, once, in the order of execution."""
+        seen = set()
+        for product in self.products:
+            for site in product.sites:
+                fmt = self.formats[site.name]
+                if fmt is not None and site.name not in seen:
+                    seen.add(site.name)
+                    yield site, fmt
+
+
+def _matches(product: Product, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, p) for p in patterns for name in (product.module, product.name))
+
+
+def check_covered(watched: Watched, allow: Iterable[str] = ()) -> tuple[Product, ...]:
+    """The unreachable products that ``allow`` names; raises :class:`PlanishError` on the first one that it does not."""
+    for product in watched.unreachable:
+        if not _matches(product, allow):
+            where = product.module or "the model itself"
+            raise PlanishError(
+                f"{where}: {product.operator} multiplies matrices where no tap can reach it, so it would stay in "
+                f"float; write allow=({(product.module or product.name)!r},) to accept that"
+            )
+    return tuple(watched.unreachable)
+
+
+def _weight_format(site: Site, weights: Format) -> Format:
+    """A vector, or a weight without an axis of output channels, gets one scale, lest each element get its own."""
+    if weights.granularity == "channel" and site.channel_axis is None:
+        return replace(weights, granularity="tensor")
+    return weights
+
+
+def assign(watched: Watched, scheme: Scheme | str, *, allow: Iterable[str] = ()) -> Assignment:
+    """Give every site of a watched model its format.
+
+    The first and the last product that have a weight get ``scheme.edge_bits`` for weight and input.
+
+    Args:
+        allow: shell patterns of modules or products (``"blocks.0.attn"``, ``"head*"``) that may stay in float.
+
+    Raises:
+        PlanishError: a product can be reached by no tap and ``allow`` does not name it, or a pattern matches nothing.
+    """
+    scheme = Scheme.parse(scheme)
+    patterns = (allow,) if isinstance(allow, str) else tuple(allow)
+    everything = [*watched.products, *watched.unreachable]
+    for pattern in patterns:
+        if not any(_matches(product, (pattern,)) for product in everything):
+            raise PlanishError(
+                f"allow={pattern!r} matches no matrix product of this model; "
+                f"its products are {', '.join(p.name for p in everything[:4])}, ..."
+            )
+    unreachable = check_covered(watched, patterns)
+    weighted = [product for product in watched.products if product.weight is not None]
+    edges = {product.name for product in (weighted[:1] + weighted[-1:])}
+    formats: dict[str, Format | None] = {}
+    allowed = [*unreachable]
+    for product in watched.products:
+        if _matches(product, patterns):
+            allowed.append(product)
+            formats.update({site.name: None for site in product.sites if site.name not in formats})
+            continue
+        chosen = scheme.edge() if product.name in edges else scheme
+        for site in product.sites:
+            formats[site.name] = _weight_format(site, chosen.weights) if site.is_weight else chosen.activations
+    return Assignment(scheme, tuple(watched.products), formats, tuple(allowed))

@@ -1,0 +1,61 @@
+"""Batches in and logits out, in the shapes that loaders and models use."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from planish.errors import PlanishError
+from planish.network.batches import call_model, first_image, logits_of, split_batch, to_device
+
+
+class Add(nn.Module):
+    def forward(self, a, b=1):
+        return a + b
+
+
+def test_inputs_are_spread():
+    one = torch.ones(1)
+    assert call_model(Add(), one) == 2
+    assert call_model(Add(), (one, 5)) == 6
+    assert call_model(Add(), {"a": one, "b": 3}) == 4
+
+
+def test_split_batch():
+    images, labels = torch.zeros(2, 3), torch.tensor([0, 1])
+    for batch in ((images, labels), [images, labels]):
+        assert split_batch(batch)[0] is images
+        assert split_batch(batch)[1] is labels
+    assert split_batch(images) == (images, None)
+    assert split_batch((images,)) == (images, None)
+    for key in ("labels", "label", "target", "targets"):
+        inputs, found = split_batch({"pixel_values": images, key: labels})
+        assert list(inputs) == ["pixel_values"]
+        assert found is labels
+    assert split_batch({"pixel_values": images})[1] is None
+    with pytest.raises(PlanishError, match="has 3 parts"):
+        split_batch((images, labels, labels))
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: (x, None), lambda x: {"logits": x}, lambda x: SimpleNamespace(logits=x)]
+)
+def test_logits(wrap):
+    logits = torch.randn(2, 3)
+    assert logits_of(wrap(logits)) is logits
+
+
+@pytest.mark.parametrize("output", [None, {"features": torch.zeros(1)}, (), SimpleNamespace(logits=None)])
+def test_no_logits(output):
+    with pytest.raises(PlanishError, match=f"returns a {type(output).__name__} without logits"):
+        logits_of(output)
+
+
+def test_first_image_and_device_go_through_containers():
+    batch = {"a": torch.zeros(4, 2), "b": [torch.ones(4)], "c": "text"}
+    first = first_image(batch)
+    assert first["a"].shape == (1, 2)
+    assert first["b"][0].shape == (1,)
+    assert first["c"] == "text"
+    assert to_device(batch, "meta")["b"][0].is_meta

@@ -1,0 +1,117 @@
+"""No product is left out silently; the edges get their own bits."""
+
+import pytest
+import torch
+from torch import nn
+
+from planish.errors import PlanishError
+from planish.network import assign, watch
+from planish.scheme import Scheme
+from tests.network.zoo import build
+
+
+class Around(nn.Module):
+    """A linear layer, then something else on its output."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.head, self.inner = nn.Linear(6, 6), inner
+
+    def forward(self, x):
+        return self.inner(self.head(x))
+
+
+class Function(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Pair(nn.Bilinear):
+    def forward(self, x):
+        return super().forward(x, x)
+
+
+class Cell(nn.LSTMCell):
+    def __init__(self):
+        super().__init__(6, 4)
+
+    def forward(self, x):
+        return super().forward(x[:, 0])
+
+
+UNREACHABLE = {
+    "lstm": lambda: nn.LSTM(6, 4, batch_first=True),
+    "gru": lambda: nn.GRU(6, 4, batch_first=True),
+    "bilinear": lambda: Pair(6, 6, 3),
+    "cdist": lambda: Function(lambda x: torch.cdist(x, x)),
+    "cdist_mm": lambda: Function(lambda x: torch.cdist(x, x, compute_mode="use_mm_for_euclid_dist")),
+    "tensordot": lambda: Function(lambda x: torch.tensordot(x, x, dims=([0, 1], [0, 1]))),
+    "chain": lambda: Function(lambda x: torch.chain_matmul(x[0], x[0].T, x[0])),
+    "multi_dot": lambda: Function(lambda x: torch.linalg.multi_dot([x[0], x[0].T, x[0]])),
+    "dot": lambda: Function(lambda x: torch.dot(x[0, 0], x[0, 1])),
+    "inner": lambda: Function(lambda x: torch.inner(x, x)),
+    "lstm_cell": Cell,
+}
+
+
+@pytest.mark.parametrize("kind", sorted(UNREACHABLE))
+def test_a_product_that_no_tap_reaches_is_an_error_that_names_it(kind):
+    watched = watch(Around(UNREACHABLE[kind]()), torch.randn(2, 5, 6))
+    with pytest.raises(PlanishError, match=r"inner: aten::.* no tap can reach .*allow=\('inner',\)"):
+        assign(watched, "w4a4")
+    plan = assign(watched, "w4a4", allow=("inner",))
+    assert {p.module for p in plan.allowed} == {"inner"}
+    assert [site.name for site, _ in plan.quantized()] == ["head.input", "head.weight"]
+
+
+def test_a_product_of_the_root_itself_is_named():
+    watched = watch(Function(lambda x: torch.tensordot(x, x, dims=2)), torch.randn(2, 5, 6)[0])
+    with pytest.raises(PlanishError, match="the model itself: aten::"):
+        assign(watched, "w4a4")
+    assert assign(watched, "w4a4", allow=watched.unreachable[0].name).allowed
+
+
+def test_allow_takes_patterns_and_refuses_those_that_match_nothing():
+    watched = watch(*build("vit_gray_28"))
+    plan = assign(watched, "w4a4", allow="blocks.*.attn*")
+    left = {name for name, fmt in plan.formats.items() if fmt is None}
+    assert left
+    assert all(".attn" in name for name in left)
+    with pytest.raises(PlanishError, match=r"allow='blocks\.7\.attn' matches no matrix product of this model"):
+        assign(watched, "w4a4", allow=("blocks.7.attn",))
+
+
+def test_first_and_last_layer_get_the_edge_bits():
+    watched = watch(*build("vit_gray_28"))
+    formats = assign(watched, "w3a4").formats
+    edges = {"patch_embed.proj.weight", "patch_embed.proj.input", "head.weight", "head.input"}
+    assert {name for name, fmt in formats.items() if fmt.bits == 8} == edges
+    assert {fmt.bits for name, fmt in formats.items() if name.endswith("weight") and name not in edges} == {3}
+    assert formats["blocks.0.attn.attention_av_probabilities"].bits == 4
+
+
+def test_weights_only_leaves_every_activation_in_float():
+    formats = assign(watch(*build("test_resnet")), "w3").formats
+    assert all((fmt is None) != name.endswith("weight") for name, fmt in formats.items())
+
+
+def test_a_tied_weight_is_quantized_once():
+    plan = assign(watch(*build("twice")), "w4a4")
+    assert [s.name for s, _ in plan.quantized()].count("body.weight") == 1
+
+
+def test_a_vector_gets_one_scale():
+    class Vector(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.v = nn.Parameter(torch.randn(6))
+
+        def forward(self, x):
+            return x @ self.v
+
+    formats = assign(watch(Vector(), torch.randn(4, 6)), Scheme.parse("w4a4")).formats
+    assert formats["v"].granularity == "tensor"
