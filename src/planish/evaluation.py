@@ -1,0 +1,106 @@
+"""What a classifier is worth: top-1, negative log-likelihood, calibration, and flips against a reference."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from planish.errors import PlanishError
+from planish.network.batches import call_model, logits_of, split_batch, to_device
+from planish.network.modes import evaluating
+from planish.training.engine import make_accelerator
+
+BINS = 15  # of the expected calibration error
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    reference: nn.Module | Tensor | None = None,
+    accelerator: Accelerator | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, float]:
+    """Measure a classifier on labelled images; several processes share the work and count each image once.
+
+    Args:
+        model: the classifier; its train/eval mode is restored.
+        loader: batches of (inputs, labels).
+        reference: a model, or its logits in the order of the loader, to count flips against.
+        progress: called after each batch with (batches done, batches).
+
+    Returns:
+        ``top1`` (share right), ``nll`` (nats per image), ``ece`` (expected calibration error, 15 equal bins, Guo et al.
+        2017, arXiv 1706.04599), ``flip_rate`` (share of images whose top-1 differs from the reference's; only with
+        one), ``images`` and ``seconds``.
+
+    Raises:
+        PlanishError: the loader is empty or yields no labels, or a label is outside the model's classes.
+    """
+    logits, labels, seconds = predict(model, loader, accelerator=accelerator, progress=progress)
+    classes = logits.shape[-1]
+    if int(labels.max()) >= classes or int(labels.min()) < 0:
+        raise PlanishError(
+            f"a label is {int(labels.max() if labels.max() >= classes else labels.min())}, but the model has "
+            f"{classes} classes (0 to {classes - 1}): check that model and data belong together"
+        )
+    top1 = MulticlassAccuracy(num_classes=classes, average="micro")(logits, labels)
+    nll = MeanMetric()(F.cross_entropy(logits, labels, reduction="none"))
+    ece = MulticlassCalibrationError(num_classes=classes, n_bins=BINS)(logits.softmax(-1), labels)
+    result = {"top1": top1.item(), "nll": nll.item(), "ece": ece.item()}
+    if reference is not None:
+        if isinstance(reference, Tensor):
+            other = reference.cpu()
+        else:
+            other, again, _ = predict(reference, loader, accelerator=accelerator)
+            if not torch.equal(labels, again):
+                raise PlanishError(
+                    "the loader gave its images in another order the second time, so flips cannot be counted: "
+                    "evaluate with shuffle=False"
+                )
+        if len(other) != len(logits):
+            raise PlanishError(f"the reference has logits of {len(other)} images, the loader has {len(logits)} images")
+        result["flip_rate"] = (logits.argmax(-1) != other.argmax(-1)).float().mean().item()
+    return result | {"images": len(labels), "seconds": seconds}
+
+
+@torch.no_grad()
+def predict(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    accelerator: Accelerator | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[Tensor, Tensor, float]:
+    """Logits (N, classes), labels (N,) and the seconds that it took, on the CPU, in the order of the loader."""
+    accelerator = accelerator or make_accelerator(None)
+    shared = isinstance(loader, torch.utils.data.DataLoader)  # among the processes; another iterable is read by each
+    prepared: Any = accelerator.prepare_data_loader(loader) if shared else loader  # type: ignore[arg-type]
+    model.to(accelerator.device)
+    total = len(prepared) if hasattr(prepared, "__len__") else 0
+    began = time.perf_counter()
+    all_logits, all_labels = [], []
+    with evaluating(model):
+        for i, batch in enumerate(prepared):
+            inputs, labels = split_batch(to_device(batch, accelerator.device))
+            if labels is None:
+                raise PlanishError("evaluation needs labels, but the loader yields images only")
+            logits = logits_of(call_model(model, inputs)).float()
+            if shared:
+                logits, labels = accelerator.gather_for_metrics((logits, labels))
+            all_logits.append(logits.cpu())
+            all_labels.append(labels.cpu())
+            if progress:
+                progress(i + 1, total)
+    if not all_logits:
+        raise PlanishError("the loader to evaluate on yields no batch: give it at least one image")
+    return torch.cat(all_logits), torch.cat(all_labels), time.perf_counter() - began

@@ -1,0 +1,121 @@
+"""Checkpoints of a training run: safetensors for tensors, JSON for the rest, moved into place when complete."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from planish.errors import PlanishError
+from planish.training.ingredients import Ingredient
+
+_TENSORS, _VALUES = "state.safetensors", "state.json"
+
+
+def exists(directory: Path) -> bool:
+    """Whether a complete checkpoint is there; one that a crash left set aside is put back."""
+    old = _beside(directory, "old")
+    if not directory.exists() and (old / _VALUES).is_file():
+        os.replace(old, directory)
+    return (directory / _VALUES).is_file()
+
+
+def _beside(directory: Path, suffix: str) -> Path:
+    return directory.with_name(f"{directory.name}.{suffix}")
+
+
+def flatten_state(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+    """Move the tensors of a nested state into ``tensors``; what is left is JSON with references to them."""
+    if isinstance(state, Tensor):
+        tensors[prefix] = state.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": prefix}
+    if isinstance(state, dict):
+        return {"dict": [[k, flatten_state(v, f"{prefix}/{k}", tensors)] for k, v in state.items()]}
+    if isinstance(state, (list, tuple)):
+        return {"list": [flatten_state(v, f"{prefix}/{i}", tensors) for i, v in enumerate(state)]}
+    return {"value": state}
+
+
+def restore_state(tree: Any, tensors: dict[str, Tensor]) -> Any:
+    """The inverse of :func:`flatten_state` (tuples come back as lists)."""
+    if "tensor" in tree:
+        return tensors[tree["tensor"]]
+    if "dict" in tree:
+        return {k: restore_state(v, tensors) for k, v in tree["dict"]}
+    if "list" in tree:
+        return [restore_state(v, tensors) for v in tree["list"]]
+    return tree["value"]
+
+
+def save(
+    directory: Path | None,
+    model: nn.Module,
+    optimizer: Any,
+    ingredients: Sequence[Ingredient],
+    accelerator: Accelerator,
+    step: int,
+) -> None:
+    """Write everything that :func:`load` needs; only the main process writes.
+
+    Raises:
+        PlanishError: the disk is full or not writable; the previous checkpoint stays as it was.
+    """
+    if directory is None or not accelerator.is_main_process:
+        return
+    tensors: dict[str, Tensor] = {}
+    state = {
+        "model": dict(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "ingredients": [ingredient.state_dict() for ingredient in ingredients],
+        "step": step,
+    }
+    tree = flatten_state(state, "", tensors)
+    fresh, old = _beside(directory, "new"), _beside(directory, "old")
+    try:
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir(parents=True)
+        save_file(tensors, fresh / _TENSORS)
+        (fresh / _VALUES).write_text(json.dumps(tree))
+        shutil.rmtree(old, ignore_errors=True)
+        if directory.exists():
+            os.replace(directory, old)
+        os.replace(fresh, directory)
+        shutil.rmtree(old, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise PlanishError(
+            f"the checkpoint {directory} could not be written ({getattr(error, 'strerror', None) or error}); "
+            f"the previous one is kept: free some space and continue with --resume"
+        ) from error
+
+
+def load(directory: Path, model: nn.Module, optimizer: Any, ingredients: Sequence[Ingredient]) -> int:
+    """Restore model, optimizer and ingredients in place; returns the step that was reached.
+
+    Raises:
+        PlanishError: the files are damaged or belong to another run.
+    """
+    try:
+        tree = json.loads((directory / _VALUES).read_text())
+        state = restore_state(tree, load_file(directory / _TENSORS))
+        if len(state["ingredients"]) != len(ingredients):
+            raise ValueError("it was written with other ingredients")
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        for ingredient, saved in zip(ingredients, state["ingredients"], strict=True):
+            ingredient.load_state_dict(saved)
+        return int(state["step"])
+    except Exception as error:  # whatever is wrong with the files, the user needs one sentence
+        what = " ".join(str(error).split())[:200]
+        raise PlanishError(
+            f"the checkpoint {directory} cannot be continued from ({type(error).__name__}: {what}); "
+            f"delete it to start over"
+        ) from error

@@ -1,0 +1,70 @@
+"""Devices, optimizers and seeds: the small things that the training loop and evaluation share."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DataLoaderConfiguration
+from torch import nn
+
+from planish.errors import PlanishError
+
+if TYPE_CHECKING:
+    from planish.training.loop import TrainingSettings
+
+_DEFAULTS = {"sgd": (0.02, 5e-4), "adamw": (5e-4, 0.05)}  # learning rate, weight decay
+
+
+def make_accelerator(mixed_precision: str | None = "no") -> Accelerator:
+    """The accelerator of this process; loaders keep their own shuffling, which already depends on (seed, epoch) alone.
+
+    ``None`` takes the precision as it is, for work that computes in float whatever the training before it did.
+    """
+    if mixed_precision not in (None, "no", "bf16", "fp16"):
+        raise PlanishError(f"mixed precision is {mixed_precision!r}: choose no, bf16 or fp16")
+    state = AcceleratorState._shared_state
+    if mixed_precision is not None and state and state.get("_mixed_precision") != mixed_precision:
+        # Accelerate keeps one precision for the whole process; a second training may want another one.
+        AcceleratorState._reset_state(reset_partial_state=False)
+    return Accelerator(
+        mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False)
+    )
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """One seed for one step of one process; steps and ranks far apart in the generator's state."""
+    return ((seed * 1_000_003 + step) * 65_537 + rank + 1) & (2**63 - 1)
+
+
+def equalize_buffers(model: nn.Module, accelerator: Accelerator) -> None:
+    """Give every process the buffers of the first (BatchNorm statistics are of each process's own batches)."""
+    if accelerator.num_processes > 1:
+        for buffer in model.buffers():
+            torch.distributed.broadcast(buffer, 0)
+
+
+def make_optimizer(model: nn.Module, settings: TrainingSettings) -> tuple[torch.optim.Optimizer, float]:
+    """The optimizer and its peak learning rate; weight decay on tensors of two or more dimensions only."""
+    name = settings.optimizer
+    if name == "auto":
+        batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+        name = "sgd" if batchnorm else "adamw"
+    if name not in _DEFAULTS:
+        raise PlanishError(f"optimizer is {name!r}: choose auto, {' or '.join(_DEFAULTS)}")
+    default_lr, default_decay = _DEFAULTS[name]
+    lr = default_lr if settings.lr is None else settings.lr
+    decay = default_decay if settings.weight_decay is None else settings.weight_decay
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.dim() > 1], "weight_decay": decay},
+        {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise PlanishError("no parameter of the model requires a gradient, so there is nothing to train")
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True), lr
+    return torch.optim.AdamW(groups, lr=lr, fused=True), lr

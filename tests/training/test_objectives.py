@@ -1,0 +1,86 @@
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import nn
+
+from planish.errors import PlanishError
+from planish.flattening import ActivationNoise, FlattenSettings, WeightNoise
+from planish.flattening.recipe import make_ingredients
+from planish.training import Distillation, Ingredient, OutputError, TaskLoss
+from tests.training import tiny
+
+
+class Spy(Ingredient):
+    """What another ingredient's loss is at each step."""
+
+    def __init__(self, other):
+        self.other, self.values, self.expected = other, [], []
+
+    def loss(self, run, inputs, labels, logits):
+        self.values.append(self.other.loss(run, inputs, labels, logits).item())
+
+
+def test_task_loss_with_smoothing():
+    logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
+    expected = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, labels)
+    assert torch.equal(TaskLoss(2.0, 0.1).loss(None, None, labels, logits), 2 * expected)
+    with pytest.raises(PlanishError, match="labels"):
+        TaskLoss().loss(None, None, None, logits)
+
+
+def test_distillation_is_the_divergence_and_reads_no_labels():
+    teacher, student = tiny.conv(1), tiny.conv(2)
+    given = [p.detach().clone() for p in teacher.parameters()]
+    images = torch.randn(8, 1, 8, 8)
+    temperature = 3.0
+    seen = []
+
+    class Check(Ingredient):
+        def loss(self, run, inputs, labels, logits):
+            mine = term.loss(run, inputs, labels, logits)
+            p, q = (teacher.eval()(inputs) / temperature).softmax(-1), (logits / temperature).softmax(-1)
+            literal = 0.5 * temperature**2 * (p * (p.log() - q.log())).sum(-1).mean()
+            torchs = 0.5 * temperature**2 * nn.KLDivLoss(reduction="batchmean")(q.log(), p)
+            seen.append((mine.item(), literal.item(), torchs.item()))
+
+    term = Distillation(teacher, 0.5, temperature)
+    tiny.fit(student, [term, Check()], [(images, torch.full((8,), -1))] * 3, task=False)
+    assert len(seen) == 6
+    for mine, literal, torchs in seen:
+        assert mine == pytest.approx(literal, abs=1e-6)
+        assert mine == pytest.approx(torchs, abs=1e-6)
+    assert seen[-1][0] < seen[0][0]
+    assert all(p.grad is None and torch.equal(p, old) for p, old in zip(teacher.parameters(), given, strict=True))
+    assert not teacher.training
+
+
+def test_output_error_is_zero_without_noise_and_changes_no_statistics():
+    term = OutputError(1.0, lambda model: nullcontext())
+    spy = Spy(term)
+    with_term, plain = tiny.conv(dropout=0.5), tiny.conv(dropout=0.5)
+    tiny.fit(with_term, [term, spy])
+    tiny.fit(plain)
+    assert spy.values == [0.0] * 12  # dropout drops the same in both passes
+    assert tiny.same(with_term, plain)  # and batch statistics count once
+
+
+def test_output_error_sees_the_noise_and_the_clean_network():
+    model = tiny.conv()
+    settings = FlattenSettings(
+        output_error=1.0,
+        task=1.0,
+        weight_noise="residual",
+        part=1.0,
+        activation_noise="gaussian",
+        averaging=None,
+        until=0.5,
+        share=1.0,
+    )
+    made = make_ingredients(settings, tiny.conv(), tiny.plan(model))
+    term = next(i for i in made if isinstance(i, OutputError))
+    assert made.index(term) < min(made.index(i) for i in made if isinstance(i, WeightNoise | ActivationNoise))
+    spy = Spy(term)
+    tiny.fit(model, [*made, spy], task=False)
+    assert min(spy.values[:6]) > 1e-5
+    assert spy.values[6:] == [0.0] * 6  # the noise is off in the second half

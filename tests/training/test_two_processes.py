@@ -1,0 +1,79 @@
+"""Two processes on this machine (gloo) against one."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.training import two_processes
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def found():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    base = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {
+        "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": "",
+        "ACCELERATE_USE_CPU": "true",
+    }  # fmt: skip
+    ranks = [
+        base | {"WORLD_SIZE": "2", "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        for r in range(2)
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "tests.training.two_processes"]
+    running = [
+        subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for env in ranks
+    ]
+    try:
+        alone = two_processes.main()
+        results = [process.communicate(timeout=100) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    for process, (_, errors) in zip(running, results, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    return [*(json.loads(out.splitlines()[-1]) for out, _ in results), alone]
+
+
+def test_there_are_two(found):
+    assert [f["world"] for f in found] == [2, 2, 1]
+
+
+def test_half_the_batch_each_equals_the_whole(found):
+    first, second, alone = (f["plain"] for f in found)
+    assert first == second
+    assert first == pytest.approx(alone, abs=1e-5)
+
+
+@pytest.mark.parametrize("what", ["noisy", "recorded", "flat"])
+def test_processes_agree(found, what):
+    assert found[0][what] == found[1][what]
+    assert found[0][what] != found[2][what]  # their activations see other noise
+
+
+def test_recorders_average_over_the_processes(found):
+    for both, alone in zip(found[0]["recorded"], found[2]["recorded"], strict=True):
+        assert both[0] == pytest.approx(alone[0], rel=0.3)
+        assert both[1] == round(both[1])
+
+
+def test_each_image_counts_once(found):
+    assert [f["evaluation"]["images"] for f in found] == [7, 7, 7]
+    assert [f["listed"]["images"] for f in found] == [7, 7, 7]
+    assert all(f["ordered"] for f in found)
+    for key in ("top1", "nll", "ece"):
+        assert found[0]["evaluation"][key] == found[1]["evaluation"][key] == pytest.approx(found[2]["listed"][key])
+
+
+def test_all_stop_when_one_has_to(found):
+    assert {f["failed"] for f in found} == {"the loss became nan at step 1 of 12: tra"}
+    assert {f["stopped"] for f in found} == {2}
