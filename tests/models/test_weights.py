@@ -131,3 +131,15 @@ def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(PlanishError, match=r"absent.*could not be written"):
         save_weights(model(), tmp_path / "absent" / "w.safetensors")
+
+
+@pytest.mark.parametrize("header_length", [0x80, 0x4B50])
+def test_a_header_length_that_looks_like_another_format(tmp_path, header_length):
+    """The first bytes of a safetensors file are a length: 0x80 begins a pickle, 0x4B50 ("PK") a zip archive."""
+    entry = b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"__metadata__":{"k":"v"}}'
+    header = entry.ljust(header_length)
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\0\0\x80\x3f")
+    state, metadata = read_weights(path)
+    assert state["a"].item() == 1.0
+    assert metadata == {"k": "v"}

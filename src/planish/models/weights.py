@@ -34,8 +34,9 @@ def read_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise PlanishError(f"the weights {path} are {'a folder, not a file' if path.is_dir() else 'not there'}")
     try:
         with path.open("rb") as file:
-            start = file.read(2)
-        if start == b"PK" or start[:1] == b"\x80":
+            start = file.read(9)
+        # a safetensors file begins with the length of its header, which may look like anything, and then has a brace
+        if start[8:] != b"{" and (start[:2] == b"PK" or start[:1] == b"\x80"):
             with torch.serialization.safe_globals([argparse.Namespace]):  # timm's training script stores its arguments
                 return _unwrap(torch.load(path, map_location="cpu", weights_only=True), path), {}
         from safetensors import safe_open

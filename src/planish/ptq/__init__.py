@@ -1,0 +1,8 @@
+"""Post-training quantization: passes, the methods that are lists of them, and ``quantize``."""
+
+from planish.ptq.methods import METHODS, Method, get_method
+from planish.ptq.passes import Calibration, Pass
+from planish.ptq.quantize import quantize
+from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
+
+__all__ = ["METHODS", "Calibrate", "Calibration", "FoldBatchNorm", "Method", "Pass", "Round", "get_method", "quantize"]

@@ -1,0 +1,62 @@
+"""The pass: one step of post-training quantization. A PTQ method is an ordered list of passes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from planish.network import Assignment
+from planish.network.batches import call_model, logits_of
+
+
+@dataclass
+class Calibration:
+    """What a pass works on: the model (changed in place), the images, and the plan of formats."""
+
+    model: nn.Module
+    batches: list[Any]  # inputs only
+    assignment: Assignment
+    reference: list[Tensor]  # logits of the float model, batch by batch
+    log: list[dict[str, Any]] = field(default_factory=list)
+
+
+class Pass(Protocol):
+    """Changes ``calibration.model`` in place."""
+
+    name: str
+
+    def __call__(self, calibration: Calibration) -> None: ...
+
+
+@torch.no_grad()
+def run_logits(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
+    """Logits of every batch, on the CPU."""
+    model.eval()
+    return [logits_of(call_model(model, batch)).float().cpu() for batch in batches]
+
+
+def measure(calibration: Calibration) -> dict[str, float]:
+    """Mean squared error of the logits and top-1 agreement with the float model, on the calibration images."""
+    logits, reference = torch.cat(run_logits(calibration.model, calibration.batches)), torch.cat(calibration.reference)
+    agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+    return {"mse": F.mse_loss(logits, reference).item(), "agreement": agreement}
+
+
+def run_passes(calibration: Calibration, passes: Sequence[Pass]) -> None:
+    """Apply the passes in order; each leaves a line in the log with what it changed and how long it took."""
+    before = measure(calibration)
+    for step in passes:
+        began = time.perf_counter()
+        step(calibration)
+        seconds = time.perf_counter() - began
+        after = measure(calibration)
+        calibration.log.append(
+            {"event": "pass", "pass": step.name, "before": before, "after": after, "seconds": seconds}
+        )
+        before = after

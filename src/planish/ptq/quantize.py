@@ -1,0 +1,61 @@
+"""``planish.quantize``: a model and a few images in, the quantized model out."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from planish.errors import PlanishError
+from planish.network import assign, watch
+from planish.network.batches import first_image, split_batch, to_device
+from planish.ptq.methods import get_method
+from planish.ptq.passes import Calibration, Pass, run_logits, run_passes
+from planish.scheme import Scheme
+
+
+def quantize(
+    model: nn.Module,
+    calibration: Iterable[Any],
+    scheme: Scheme | str = "w4a4",
+    method: str | Sequence[Pass] = "rtn",
+    *,
+    allow: Iterable[str] = (),
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> nn.Module:
+    """Quantize a copy of ``model``; the given one is left untouched.
+
+    Args:
+        model: a trained classifier in float.
+        calibration: batches of images (labels, if there are any, are not read).
+        scheme: ``"w4a4"`` and the like, or a :class:`~planish.scheme.Scheme`.
+        method: the name of a method, or a list of passes.
+        allow: shell patterns of products that may stay in float.
+        log: receives one record per pass (loss and agreement before and after, seconds).
+
+    Returns:
+        A model of the same behaviour whose matrix products see quantized operands. Its attribute
+        ``planish_assignment`` holds the plan; :func:`planish.ledger` prints it.
+
+    Raises:
+        PlanishError: no calibration image, an unknown scheme or method, a product that no tap covers, values that are
+            not finite.
+    """
+    scheme = Scheme.parse(scheme)
+    passes = get_method(method).passes() if isinstance(method, str) else list(method)
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    batches = [to_device(split_batch(batch)[0], device) for batch in calibration]
+    if not batches:
+        raise PlanishError("there is no calibration batch: pass a loader with at least one batch of images")
+    twin = copy.deepcopy(model).eval().requires_grad_(False)
+    plan = assign(watch(twin, first_image(batches[0])), scheme, allow=allow)
+    work = Calibration(twin, batches, plan, run_logits(twin, batches))
+    run_passes(work, passes)
+    for record in work.log:
+        if log:
+            log(record)
+    twin.planish_assignment = plan  # type: ignore[assignment]
+    return twin

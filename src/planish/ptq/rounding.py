@@ -1,0 +1,132 @@
+"""The three passes of plain calibrated rounding (``rtn``): fold, calibrate, round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from planish.errors import PlanishError
+from planish.network import Site, attach, fold_batchnorm
+from planish.network.batches import call_model
+from planish.network.taps import taps_of
+from planish.ptq.passes import Calibration
+from planish.quantizers import RunningRange, UniformQuantizer
+from planish.scheme import Format
+
+
+class FoldBatchNorm:
+    """Fold BatchNorm into the layer before it (Jacob et al. 2018, arXiv 1712.05877, section 3.2)."""
+
+    name = "fold-batchnorm"
+
+    def __call__(self, calibration: Calibration) -> None:
+        fold_batchnorm(calibration.model, calibration.batches[0])
+
+
+class Calibrate:
+    """Set the range of every activation grid from the calibration images, by the scheme's observer.
+
+    The network runs in float while its activations are watched, so the ranges are those of the float network.
+    """
+
+    name = "calibrate"
+
+    @torch.no_grad()
+    def __call__(self, calibration: Calibration) -> None:
+        model, plan = calibration.model, calibration.assignment
+        formats = {site.name: fmt for site, fmt in plan.quantized() if not site.is_weight}
+
+        weights = {name: tap for name, tap in taps_of(model) if name not in formats}  # if they were rounded before
+
+        def watcher(site: Site) -> nn.Module | None:
+            return _Watcher(site, formats[site.name]) if site.name in formats else None
+
+        watchers = attach(model, plan.products, watcher)
+        model.eval()
+        for batch in calibration.batches:
+            call_model(model, batch)
+
+        def quantizer(site: Site) -> nn.Module | None:
+            if site.name not in formats:
+                return weights.get(site.name)
+            return _named(site, formats[site.name], watchers[site.name])
+
+        attach(model, plan.products, quantizer)
+
+
+class _Watcher(RunningRange):
+    """A running range whose errors say at which site they occurred."""
+
+    def __init__(self, site: Site, fmt: Format) -> None:
+        super().__init__(fmt)
+        self.site = site
+
+    def observe(self, x: torch.Tensor) -> None:
+        try:
+            super().observe(x)
+        except PlanishError as error:
+            raise PlanishError(f"{self.site.name}: {error}") from None
+
+
+def _named(site: Site, fmt: Format, watcher: nn.Module) -> UniformQuantizer:
+    assert isinstance(watcher, RunningRange)
+    tap = UniformQuantizer(fmt)
+    try:
+        tap.grid = watcher.grid()
+    except PlanishError as error:
+        raise PlanishError(f"{site.name}: {error}") from None
+    return tap
+
+
+class Round:
+    """Round every weight to the nearest point of its grid, whose range the scheme's observer sets."""
+
+    name = "round"
+
+    @torch.no_grad()
+    def __call__(self, calibration: Calibration) -> None:
+        model, plan = calibration.model, calibration.assignment
+        formats = {site.name: fmt for site, fmt in plan.quantized()}
+        present = dict(taps_of(model))
+        derived = _derived_weights(calibration)
+
+        def tap(site: Site) -> nn.Module | None:
+            fmt = formats.get(site.name)
+            if fmt is None or not site.is_weight:
+                return present.get(site.name)
+            owner: Any = model.get_submodule(site.owner)
+            weight = owner._parameters[site.slot] if site.parameter else derived[site.name]
+            try:
+                return UniformQuantizer(fmt, channel_axis=site.channel_axis or 0).fit(weight)
+            except PlanishError as error:
+                raise PlanishError(f"{site.name}: {error}") from None
+
+        attach(model, plan.products, tap)
+
+
+class _Catch(nn.Module):
+    """Keeps the tensor that passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value = torch.empty(0)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.value = x.detach().clone()
+        return x
+
+
+def _derived_weights(calibration: Calibration) -> dict[str, torch.Tensor]:
+    """The weights that are computed from parameters on the way (standardized convolutions, slices of a projection)."""
+    model, plan = calibration.model, calibration.assignment
+    wanted = {site.name for site, _ in plan.quantized() if site.is_weight and not site.parameter}
+    if not wanted:
+        return {}
+    present = dict(taps_of(model))
+    catches = {name: _Catch() for name in wanted}
+    attach(model, plan.products, lambda site: catches.get(site.name) or present.get(site.name))
+    call_model(model, calibration.batches[0])
+    attach(model, plan.products, lambda site: present.get(site.name))
+    return {name: catch.value for name, catch in catches.items()}
