@@ -1,0 +1,143 @@
+"""WQER and AQER: recorders of the error that the predefined quantizer really makes.
+
+Both keep exponential moving averages of the mean and the variance of ``e = Q(x) - x`` (arXiv 2511.01462): WQER for
+every output channel of a weight, AQER for the whole input of a layer. The range of ``Q`` is fitted once and then
+follows the tensor: at each refresh the scale moves towards the best of three candidates, which costs three passes
+instead of a search; a tensor that runs away from its range is fitted anew.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from planish.functional import Grid, fake_quantize, limits
+from planish.quantizers import fit_grid
+from planish.quantizers.ranges import SMALLEST
+from planish.scheme import Format
+
+CANDIDATES = (0.93, 1.0, 1.075)
+JUMP = 2.0  # an error variance that exceeds its average by this factor makes the range be fitted anew
+FOLLOW = 0.5  # how far the scale moves towards the best candidate
+SAMPLE = 8_192  # activations looked at when a recorder is refreshed
+
+
+class ErrorRecorder:
+    """The grid of one tensor, and the running mean and variance of its quantization error.
+
+    ``mean`` and ``variance`` have the shape of the grid's scale: one number per output channel of a weight, one for an
+    activation. ``nonzero`` is the running share of values that are not exactly zero.
+    """
+
+    def __init__(
+        self, format: Format, *, channel_axis: int | None = None, beta: float = 0.9, nonzero_only: bool = False
+    ):
+        self.format, self.axis, self.beta, self.nonzero_only = format, channel_axis, beta, nonzero_only
+        self.grid: Grid | None = None
+        self.mean = self.variance = torch.zeros(())
+        self.nonzero = 1.0
+
+    @torch.no_grad()
+    def measure(self, x: Tensor) -> None:
+        """Take in the tensor as it is now; the first call copies, later ones average."""
+        x = x.detach().float()
+        if self.grid is None:
+            self.grid = fit_grid(x, self.format, channel_axis=self.axis or 0)
+            beta = 0.0
+        else:
+            self.grid, beta = self._follow(x, self.grid), self.beta
+        mean, variance, present = self._moments(x, self.grid)
+        if beta and variance.mean() > JUMP * self.variance.mean():
+            # the tensor has run away from its range (it was all zeros before, say): following would take too long
+            self.grid = fit_grid(x, self.format, channel_axis=self.axis or 0)
+            mean, variance, present = self._moments(x, self.grid)
+        self.nonzero = beta * self.nonzero + (1 - beta) * present
+        self.mean = beta * self.mean.to(mean.device) + (1 - beta) * mean
+        self.variance = beta * self.variance.to(mean.device) + (1 - beta) * variance
+
+    def reduce(self, accelerator: Accelerator) -> None:
+        """Average over all processes what each measured on its own part of the batch."""
+        assert self.grid is not None
+        parts = [
+            self.grid.scale,
+            self.grid.zero_point,
+            self.mean,
+            self.variance,
+            torch.full_like(self.mean, self.nonzero),
+        ]
+        both = accelerator.reduce(torch.cat([part.reshape(-1) for part in parts]), "mean")
+        pieces = both.split([part.numel() for part in parts])
+        scale, zero_point, self.mean, self.variance, nonzero = (
+            piece.reshape(part.shape) for piece, part in zip(pieces, parts, strict=True)
+        )
+        self.grid = self.grid._replace(scale=scale, zero_point=zero_point.round())
+        self.nonzero = nonzero.mean().item()
+
+    def _moments(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, float]:
+        """Mean and variance of the error over everything that shares a scale; the share of values that are not 0."""
+        error = fake_quantize(x, grid) - x
+        present = x != 0
+        weights = present.float() if self.nonzero_only else torch.ones_like(x)
+        count = self._sum(weights).clamp(min=1)
+        mean = self._sum(error * weights) / count
+        variance = self._sum((error - mean) ** 2 * weights) / count
+        return mean, variance, present.float().mean().item()
+
+    def _sum(self, x: Tensor) -> Tensor:
+        """Sum over everything that shares a scale; the result broadcasts against the tensor."""
+        if self.format.granularity == "token":
+            return x.movedim(-2, 0).flatten(1).sum(1).reshape(-1, 1)
+        if self.format.granularity == "tensor" or self.axis is None:
+            return x.sum()
+        return x.sum([d for d in range(x.dim()) if d != self.axis % x.dim()], keepdim=True)
+
+    def _follow(self, x: Tensor, grid: Grid) -> Grid:
+        candidates = [grid._replace(scale=grid.scale * factor) for factor in CANDIDATES]
+        errors = torch.stack([self._per_scale((fake_quantize(x, c) - x) ** 2, grid) for c in candidates])
+        best = torch.stack([c.scale for c in candidates]).gather(0, errors.argmin(0, keepdim=True))[0]
+        scale = grid.scale.lerp(best, FOLLOW)
+        return grid._replace(scale=scale.clamp(min=SMALLEST))
+
+    def _per_scale(self, x: Tensor, grid: Grid) -> Tensor:
+        total = self._sum(x)
+        return total if total.shape == grid.scale.shape else total.expand_as(grid.scale)
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation of the error."""
+        return self.variance.clamp(min=0).sqrt()
+
+    @property
+    def step(self) -> Tensor:
+        """The quantizer's step size."""
+        assert self.grid is not None
+        return self.grid.scale
+
+    def limits(self) -> tuple[Tensor, Tensor]:
+        """The ends of the quantizer's range."""
+        assert self.grid is not None
+        return limits(self.grid)
+
+    def state_dict(self) -> dict[str, Any]:
+        grid = None if self.grid is None else [self.grid.scale, self.grid.zero_point]
+        return {"grid": grid, "mean": self.mean, "variance": self.variance, "nonzero": self.nonzero}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device | str = "cpu") -> None:
+        if state["grid"] is not None:
+            scale, zero_point = (part.to(device) for part in state["grid"])
+            self.grid = Grid(scale, zero_point, self.format.qmin, self.format.qmax, self.format.offset)
+        self.mean, self.variance, self.nonzero = (
+            state["mean"].to(device),
+            state["variance"].to(device),
+            state["nonzero"],
+        )
+
+
+def sample_activation(x: Tensor, most: int = SAMPLE) -> Tensor:
+    """Whole images spread over the batch, about ``most`` values in all."""
+    x = x.detach()
+    images = max(1, min(x.shape[0], most // max(1, x[0].numel())))
+    return x[:: max(1, x.shape[0] // images)][:images]
