@@ -1,0 +1,37 @@
+"""``planish methods``."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import textwrap
+
+from planish.cli.options import Methods
+from planish.flattening.activation_noise import KINDS as ACTIVATION_KINDS
+from planish.flattening.weight_noise import KINDS as WEIGHT_KINDS
+from planish.ptq import METHODS
+from planish.recipes.arms import ARMS
+
+
+def execute(command: Methods) -> None:
+    """Print every method, arm and kind of noise: its name, one sentence, and where it comes from."""
+    groups: dict[str, list[tuple[str, str, str]]] = {
+        "quantization methods (--methods, --method)": [(m.name, m.summary, m.paper) for m in METHODS.values()],
+        "arms (--arms)": [(arm.name, arm.summary, arm.paper) for arm in ARMS.values()],
+        "weight noise of the flat arm (--weight-noise)": [(k, text, "") for k, text in WEIGHT_KINDS.items()],
+        "activation noise of the flat arm (--activation-noise)": [
+            (k, text, "") for k, text in ACTIVATION_KINDS.items()
+        ],
+    }
+    names = max(len(name) for entries in groups.values() for name, _, _ in entries)
+    width = max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 0
+    for i, (heading, entries) in enumerate(groups.items()):
+        print(("\n" if i else "") + heading)
+        for name, summary, paper in entries:
+            print(_entry(name.ljust(names), summary + (f" [{paper}]" if paper else ""), width))
+
+
+def _entry(name: str, text: str, width: int) -> str:
+    """One line; in a terminal wrapped under the text."""
+    line = f"  {name}  {text}"
+    return textwrap.fill(line, width, subsequent_indent=" " * (len(name) + 4)) if width else line

@@ -1,0 +1,79 @@
+"""The commands as dataclasses; tyro makes the options from the fields and the strings below them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from planish.recipes.config import ModelOptions, NoiseOptions, OptionalPath, QuantizeOptions, RunConfig, TrainOptions
+
+
+@dataclass(frozen=True)
+class Run(RunConfig):
+    """The whole journey: obtain the arms, quantize each by every scheme and method, evaluate, write the run folder."""
+
+    out: OptionalPath = None
+    """folder of this run; default: runs/MODEL-DATE-TIME"""
+    resume: bool = False
+    """continue the interrupted run in --out (default: the newest one) to the identical result, with its options"""
+
+    def __post_init__(self) -> None:
+        for name in ("arms", "schemes", "methods", "prepare"):
+            object.__setattr__(self, name, separate(getattr(self, name)))
+
+
+def separate(values: tuple[str, ...]) -> tuple[str, ...]:
+    """``("given,flat", "flat")`` -> ``("given", "flat")``: commas separate like spaces, and once is enough."""
+    return tuple(dict.fromkeys(part for value in values for part in value.split(",") if part))
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """Train a network under the errors of its quantizer and write its clean float weights."""
+
+    scheme: str = "w4a4"
+    """the scheme whose errors are measured and imitated"""
+    out: Path = Path("flat.safetensors")
+    """file for the flattened weights"""
+    overwrite: bool = False
+    """replace the file if it is there"""
+    models: ModelOptions = field(default_factory=ModelOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    allow: Annotated[tuple[str, ...], arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")] = ()
+    """patterns of products that may stay in float"""
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Quantize a network on a few training images, print its ledger and write it."""
+
+    scheme: str = "w4a4"
+    """bits of weights and activations, such as w4a4, w4a8 or w3 (weights only)"""
+    method: str = "rtn"
+    """`planish methods` lists them"""
+    out: Path = Path("quantized.safetensors")
+    """file for the quantized model"""
+    overwrite: bool = False
+    """replace the file if it is there"""
+    models: ModelOptions = field(default_factory=ModelOptions)
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """Measure a network, float or quantized, on the test images: top-1, NLL, calibration error, flips."""
+
+    file: Positional[Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]] = None
+    """a file that planish wrote, quantized or float; without it --model and --weights say what to measure"""
+    models: ModelOptions = field(default_factory=ModelOptions)
+    trust: bool = False
+    """run the Python file that a quantized model names as its architecture"""
+
+
+@dataclass(frozen=True)
+class Methods:
+    """List every method with its paper."""

@@ -1,0 +1,25 @@
+"""``planish run``."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import fields
+
+from planish.cli.options import Run
+from planish.cli.resume import fresh_name
+from planish.recipes.config import RunConfig
+from planish.recipes.journey import run
+from planish.report.folder import RunFolder
+
+
+def execute(command: Run) -> None:
+    """The whole journey, into a run folder."""
+    config = RunConfig(**{item.name: getattr(command, item.name) for item in fields(RunConfig)})
+    out = command.out or fresh_name(config.models.model)
+    try:
+        run(config, out, resume=command.resume)
+    except KeyboardInterrupt:
+        if not RunFolder(out).partial.exists():
+            raise KeyboardInterrupt("interrupted before anything was done") from None
+        again = shlex.join(["planish", "run", "--resume", "--out", str(out)])
+        raise KeyboardInterrupt(f"interrupted; what was done is kept, continue with: {again}") from None

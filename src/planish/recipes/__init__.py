@@ -1,0 +1,1 @@
+"""The whole journeys: arms, schemes, methods, results."""

@@ -1,0 +1,122 @@
+"""The settings of a run: the one source of the command line's options and of config.toml."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, TypeVar, get_type_hints
+
+from tyro.conf import arg
+
+T = TypeVar("T")
+OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which network, which images."""
+
+    model: str = "vit"
+    """vit or convnet (embedded), a timm name, or file.py:function"""
+    weights: OptionalPath = None
+    """safetensors or torch state_dict to load into the model"""
+    data: OptionalPath = None
+    """folder of class folders, or of train/ and val/ with class folders; default: the embedded Fashion-MNIST images"""
+    batch_size: int = 128
+    """images in a batch"""
+    workers: int = 0
+    """processes that decode images"""
+    threads: int = 0
+    """CPU threads; 0: as many as cores are free"""
+    seed: int = 0
+    """of everything random"""
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """How an arm is trained; every arm has the same budget."""
+
+    epochs: int = 6
+    """passes over the training images, for every trained arm"""
+    lr: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
+    """peak learning rate; default: 0.02 with SGD (networks with BatchNorm), 5e-4 with AdamW (others)"""
+    optimizer: str = "auto"
+    """auto, sgd or adamw"""
+    mixed_precision: str = "no"
+    """no, bf16 or fp16"""
+
+
+@dataclass(frozen=True)
+class NoiseOptions:
+    """What the flat arm differs in; the defaults are the measured best (docs/flattening.md)."""
+
+    weight_noise: str = "residual"
+    """none, iid, differential, differential-forward, uniform or residual"""
+    activation_noise: str = "residual"
+    """none, gaussian, uniform or residual"""
+    distillation: float = 0.0
+    """weight of the distillation from the given network"""
+    output_error: float = 0.0
+    """weight of the error between clean and perturbed outputs"""
+
+
+@dataclass(frozen=True)
+class QuantizeOptions:
+    """What happens after training."""
+
+    calibration_images: int = 512
+    """training images, balanced over the classes, on which ranges are set; all of them where there are fewer"""
+    allow: Annotated[tuple[str, ...], arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")] = ()
+    """patterns of products that may stay in float"""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """`planish run`: given -> arms -> schemes -> methods -> evaluation -> run folder."""
+
+    arms: Annotated[tuple[str, ...], arg(metavar="ARM [ARM ...]")] = ("given", "averaged", "flat")
+    """given, tuned, averaged, sam, flat"""
+    schemes: Annotated[tuple[str, ...], arg(metavar="SCHEME [SCHEME ...]")] = ("w4a4", "w3a3", "w2a4")
+    """quantization schemes, such as w8a8 w4a4 w3"""
+    methods: Annotated[tuple[str, ...], arg(metavar="METHOD [METHOD ...]")] = ("rtn",)
+    """quantization methods; `planish methods` lists them"""
+    prepare: Annotated[tuple[str, ...], arg(metavar="SCHEME [SCHEME ...]", help_behavior_hint="")] = ()
+    """schemes whose errors the flat arm is trained under, one at a time at random; default: those of --schemes"""
+    models: ModelOptions = field(default_factory=ModelOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    noise: NoiseOptions = field(default_factory=NoiseOptions)
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+
+
+def flat_dict(config: Any) -> dict[str, Any]:
+    """The settings as one flat dict of plain values, without the grouping."""
+    values: dict[str, Any] = {}
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if hasattr(value, "__dataclass_fields__"):
+            values.update(flat_dict(value))
+        else:
+            values[item.name] = str(value) if isinstance(value, Path) else value
+    return values
+
+
+def _typed(value: Any, hint: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(value)
+    return Path(value) if value is not None and hint == Path | None else value
+
+
+def from_flat_dict(kind: type[T], values: Mapping[str, Any]) -> T:
+    """The inverse of :func:`flat_dict`, for what config.toml holds: a missing value is ``None``, a list a tuple."""
+    hints = get_type_hints(kind)
+    found: dict[str, Any] = {}
+    for item in fields(kind):  # type: ignore[arg-type]
+        hint = hints[item.name]
+        if hasattr(hint, "__dataclass_fields__"):
+            found[item.name] = from_flat_dict(hint, values)
+        elif item.name in values:
+            found[item.name] = _typed(values[item.name], hint)
+        elif item.default is MISSING or item.default is not None:
+            raise KeyError(item.name)
+    return kind(**found)

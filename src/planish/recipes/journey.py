@@ -1,0 +1,257 @@
+"""``planish run``: given -> arms -> schemes -> methods -> evaluation -> run folder."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+import time
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from planish.errors import PlanishError
+from planish.evaluation import evaluate, predict
+from planish.flattening import FlattenSettings
+from planish.models import fit_weights, read_weights, save_weights
+from planish.network import ledger
+from planish.ptq import quantize
+from planish.ptq.files import save_quantized, weights_megabytes
+from planish.recipes.arms import ARMS, arm_settings
+from planish.recipes.check import check_run
+from planish.recipes.config import RunConfig, flat_dict
+from planish.recipes.material import Material, prepare
+from planish.recipes.session import StopFlag, free_cores, say, stoppable
+from planish.recipes.trained import train_arm
+from planish.recipes.work import Work
+from planish.report.environment import environment, peak_memory_mb, protocol_card
+from planish.report.folder import RunFolder
+from planish.report.html import write_report
+from planish.report.summary import outcome, summarize
+from planish.report.table import print_table
+from planish.scheme import Scheme
+
+IN_FLOAT = "normalization, softmax, activation functions, additions"
+EVALUATION_COST = 0.35  # of one image in evaluation, in training images
+CALIBRATION_COST = 2.0  # of one calibration image: it passes through the network before and after each pass
+
+
+def run(config: RunConfig, out: Path, *, resume: bool = False, console: Console | None = None) -> Path:
+    """The whole journey; returns the run folder. See :class:`RunConfig`.
+
+    Raises:
+        PlanishError: anything wrong with the input, in one sentence. Nothing is left behind if nothing was done yet.
+        KeyboardInterrupt: stopped by the user; ``resume=True`` continues to the identical result.
+    """
+    console = console or Console()
+    config = check_run(config)
+    with stoppable() as stop:
+        folder = RunFolder.open(out, resume)
+        try:
+            config = _with_threads(config, folder)
+            torch.set_num_threads(config.models.threads)
+            material = prepare(config, console)
+            folder.write_config({**flat_dict(config), **material.fingerprint()})
+        except BaseException:
+            if not resume:
+                shutil.rmtree(folder.partial, ignore_errors=True)
+            raise
+        results = _Journey(config, folder, material, console, stop).walk()
+        folder.write_results(results)
+        write_report(results, folder.path("report.html"))
+        shutil.rmtree(folder.path("checkpoint"), ignore_errors=True)
+        final = folder.finish()
+    _conclude(results, final, console)
+    return final
+
+
+def _conclude(results: dict[str, Any], final: Path, console: Console) -> None:
+    console.print()
+    protocol_card(results["protocol"], console)
+    console.print()
+    print_table(results["rows"], console)
+    console.print()
+    say(console, outcome(summarize(results["rows"])))
+    say(console, f"report: {_short(final / 'report.html')}")
+
+
+def _short(path: Path) -> Path:
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _with_threads(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """Fix the number of threads: sums are rounded by it, so a resumed run takes the number that it began with."""
+    threads = config.models.threads
+    if not threads and folder.resumed:
+        threads = int(folder.read_config().get("threads", 0))
+    return replace(config, models=replace(config.models, threads=threads or free_cores()))
+
+
+class _Journey:
+    def __init__(
+        self, config: RunConfig, folder: RunFolder, material: Material, console: Console, stop: StopFlag
+    ) -> None:
+        self.config, self.folder, self.material, self.stop = config, folder, material, stop
+        self.rows: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+        if folder.resumed and folder.path("results.json").exists():
+            previous = folder.read_results()
+            self.rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in previous["rows"]]
+            self.seconds = previous["protocol"].get("seconds_training", {})
+        self.work = Work(self._plan(), console)
+
+    def _plan(self) -> list[tuple[str, float]]:
+        """The stages and their cost in training images."""
+        images = len(self.material.data.train_labels) * self.config.train.epochs
+        tests = EVALUATION_COST * self.material.test_images
+        one = tests + CALIBRATION_COST * self.material.calibration_images
+        quantized = len(self.config.schemes) * len(self.config.methods)
+        plan = [("test", tests)]
+        for arm in self.config.arms:
+            plan += [("train", ARMS[arm].cost * images), ("test", tests), *[("quantize", one)] * quantized]
+        return plan
+
+    def walk(self) -> dict[str, Any]:
+        given = self.material.loaded.model
+        with self.work:
+            self.work.begin("the given network on the test images")
+            reference, _, _ = predict(given, self.material.test, progress=self._each_batch)
+            self.work.end()
+            for arm in self.config.arms:
+                model = self.arm(arm, given)
+                fp = self.measure(arm, model, reference)
+                for scheme in self.config.schemes:
+                    for method in self.config.methods:
+                        self.measure(arm, model, reference, scheme, method, fp)
+        return self.results()
+
+    def _each_batch(self, done: int, batches: int) -> None:
+        self.stop.check()
+        self.work.at(done / batches if batches else 0.0)
+
+    def arm(self, name: str, given: nn.Module) -> nn.Module:
+        """The network of an arm: from its file if it is there, else trained (and then in its file)."""
+        path = self.folder.path(f"{name}.safetensors")
+        self.work.begin(f"{name}: {ARMS[name].summary}")
+        settings = arm_settings(name, self.config.train, self.config.noise, self.config.models.seed)
+        known = path.exists()
+        if known:
+            model = copy.deepcopy(given)
+            fit_weights(model, read_weights(path)[0], name=name, source=path)
+        elif settings is None:
+            model = copy.deepcopy(given)
+            save_weights(model, path)
+        else:
+            model = self._train(name, settings, path)
+        self.work.end(measured=not known)
+        self.stop.check()
+        return model.eval()
+
+    def _train(self, name: str, settings: FlattenSettings, path: Path) -> nn.Module:
+        checkpoint = self.folder.path("checkpoint") / name
+        continued = checkpoint.exists()
+        began = time.perf_counter()
+        try:
+            model = train_arm(
+                self.material, self.config.prepare, settings, allow=self.config.quantize.allow, checkpoint=checkpoint,
+                resume=self.folder.resumed, stop=self.stop, progress=self.work.at,
+                last_good=self.folder.path(f"{name}-last-good.safetensors"),
+                log=lambda event: self.folder.log({"arm": name, **event}),
+            )  # fmt: skip
+        except PlanishError as error:
+            raise PlanishError(f"{name}: {error}; what was done before is kept in {self.folder.partial}") from None
+        if not continued:  # of a continued training the first part was not timed
+            self.seconds[name] = round(time.perf_counter() - began, 2)
+        save_weights(model, path)
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        return model
+
+    def measure(
+        self,
+        arm: str,
+        model: nn.Module,
+        reference: Tensor,
+        scheme: str = "fp32",
+        method: str = "none",
+        fp: float | None = None,
+    ) -> float:
+        """Quantize (unless ``fp32``), evaluate, add a row; returns the top-1. A row that is there already is kept."""
+        key = {"arm": arm, "scheme": scheme, "method": method, "seed": self.config.models.seed}
+        known = next((row for row in self.rows if all(row[k] == v for k, v in key.items())), None)
+        self.work.begin(f"{arm}: {scheme}" + ("" if method == "none" else f" by {method}"))
+        if known is not None:
+            self.work.end(measured=False)
+            return known["top1"]
+        began = time.perf_counter()
+        if scheme != "fp32":
+            model = quantize(
+                model, self.material.calibration, scheme, method, allow=self.config.quantize.allow,
+                log=lambda event: self.folder.log({**key, **event}),
+            )  # fmt: skip
+            self._save(model, f"{arm}-{scheme}-{method}.safetensors", key)
+        seconds = time.perf_counter() - began
+        worth = evaluate(model, self.material.test, reference=reference, progress=self._each_batch)
+        row = {
+            **key, "fp_top1": fp if fp is not None else worth["top1"], "top1": worth["top1"], "nll": worth["nll"],
+            "ece": worth["ece"], "flip_rate": worth["flip_rate"],
+            "seconds": round(seconds, 3) if scheme != "fp32" else self.seconds.get(arm),
+            "peak_memory_mb": peak_memory_mb(self.material.device), "weights_mb": round(weights_megabytes(model), 4),
+        }  # fmt: skip
+        self.rows.append({k: v for k, v in row.items() if v is not None})
+        self.folder.write_results(self.results())
+        self.work.end()
+        return worth["top1"]
+
+    def _save(self, model: nn.Module, name: str, key: dict[str, Any]) -> None:
+        loaded = self.material.loaded
+        save_quantized(model, self.folder.path(name), loaded.recipe, loaded.preprocessing, {**self.protocol(), **key})
+
+    def protocol(self) -> dict[str, Any]:
+        """All that the numbers depend on."""
+        config, loaded, data = self.config, self.material.loaded, self.material.data
+        trained = [arm for arm in config.arms if ARMS[arm].cost]
+        fp = next((r["top1"] for r in self.rows if r["arm"] == "given" and r["scheme"] == "fp32"), None)
+        scheme = Scheme.parse((*config.schemes, *config.prepare, "w8a8")[0])
+        acts = scheme.activations
+        return {
+            "model": loaded.name, "checkpoint": loaded.weights_hash, "fp_top1": fp, "data": data.name,
+            "test_images": self.material.test_images, "train_images": len(data.train_labels) if trained else None,
+            "labels_used": len(data.train_labels) if trained else 0, "epochs": config.train.epochs if trained else None,
+            "flat_prepared_for": ", ".join(config.prepare) if "flat" in trained else None,
+            "weight_noise": config.noise.weight_noise if "flat" in trained else None,
+            "activation_noise": config.noise.activation_noise if "flat" in trained else None,
+            "calibration_images": self.material.calibration_images, "calibration_seed": config.models.seed,
+            "weights": f"{scheme.weights.granularity}, range by {scheme.weights.observer}",
+            "activations": acts and f"{acts.granularity}, range by {acts.observer}",
+            "first_and_last_layer_bits": scheme.edge_bits,
+            "in_float": ", ".join((IN_FLOAT, *config.quantize.allow)),
+            "seed": config.models.seed, "batch_size": config.models.batch_size, "threads": config.models.threads,
+            "device": str(self.material.device), "seconds_training": self.seconds or None,
+        }  # fmt: skip
+
+    @cached_property
+    def ledger(self) -> list[dict[str, Any]]:
+        """What the first scheme makes of the network, site by site."""
+        if not self.config.schemes:
+            return []
+        loaded = self.material.loaded
+        example = torch.zeros(1, *loaded.preprocessing.input_size, device=self.material.device)
+        return ledger(
+            loaded.model, self.config.schemes[0], example=example, allow=self.config.quantize.allow
+        ).as_dicts()
+
+    def results(self) -> dict[str, Any]:
+        """The content of results.json, as far as it is known."""
+        return {
+            "protocol": {k: v for k, v in self.protocol().items() if v is not None},
+            "environment": environment(self.material.device),
+            "rows": self.rows,
+            "flatness": {},
+            "ledger": self.ledger,
+        }

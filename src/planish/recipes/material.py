@@ -1,0 +1,91 @@
+"""What every part of a run works with: the network, the images, the loaders."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from planish.data import ImageData, calibration_subset, load_data, make_loader
+from planish.errors import PlanishError
+from planish.models import LoadedModel, check_classes, load_model
+from planish.recipes.config import RunConfig
+from planish.recipes.session import say
+from planish.training import make_accelerator
+
+
+@dataclass
+class Material:
+    """The network as it was given, on the device where it will run, the images, and a loader for each purpose."""
+
+    loaded: LoadedModel
+    data: ImageData
+    train: DataLoader[Any]
+    calibration: DataLoader[Any]
+    test: DataLoader[Any]
+
+    @property
+    def device(self) -> Any:
+        """Where the network is."""
+        return next(self.loaded.model.parameters()).device
+
+    @property
+    def test_images(self) -> int:
+        """How many images the networks are evaluated on."""
+        return len(self.data.test)  # type: ignore[arg-type]
+
+    @property
+    def calibration_images(self) -> int:
+        """How many images the ranges are set on."""
+        return len(self.calibration.dataset)  # type: ignore[arg-type]
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a resumed run must find again."""
+        return {
+            "checkpoint": self.loaded.weights_hash, "train_images": len(self.data.train_labels),
+            "test_images": self.test_images,
+        }  # fmt: skip
+
+
+def prepare(config: RunConfig, console: Console, *, calibrate: bool = True) -> Material:
+    """Load model and images and check that they belong together, before anything long begins."""
+    options = config.models
+    loaded = load_model(options.model, weights=options.weights, trust=True)
+    if next(loaded.model.parameters(), None) is None:
+        raise PlanishError(f"{options.model} has no parameters, so there is nothing to quantize")
+    data = load_data(options.data, loaded.preprocessing, seed=options.seed, progress=_watch_images(console))
+    for note in data.notes:
+        say(console, f"note: {note}")
+    check_classes(loaded.model, data)
+    try:
+        loaded.model.to(make_accelerator(config.train.mixed_precision).device)
+    except ValueError as error:  # Accelerate's own, for a precision that this device has not
+        raise PlanishError(f"mixed-precision {config.train.mixed_precision}: {error}") from error
+    size, seed, images = options.batch_size, options.seed, len(data.train_labels)
+
+    def loader(dataset: Any, **kwargs: Any) -> DataLoader[Any]:
+        return make_loader(dataset, size, seed=seed, workers=options.workers, **kwargs)
+
+    wanted = config.quantize.calibration_images
+    if wanted > images and calibrate:
+        say(console, f"note: calibration on all {images} training images, which is fewer than the {wanted} asked for")
+    subset = calibration_subset(data.train, data.train_labels, min(wanted, images), seed)
+    train = loader(data.train, shuffle=True, drop_last=images >= size, augment=True)
+    return Material(loaded, data, train, loader(subset, shuffle=False), loader(data.test, shuffle=False))
+
+
+def _watch_images(console: Console) -> Callable[[int, int], None]:
+    """Say how far the check of the images is, every ten seconds."""
+    last = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.perf_counter() - last > 10:
+            last = time.perf_counter()
+            say(console, f"reading the images once: {done} of {total}")
+
+    return progress

@@ -1,0 +1,92 @@
+"""What surrounds long work: threads, and Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def free_cores() -> int:
+    """Cores that this process may use and that nothing else keeps busy; at least one.
+
+    Two threads of PyTorch on a core and a half are many times slower than one thread.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        busy = os.getloadavg()[0]
+    except OSError:
+        busy = 0.0
+    return max(1, min(cores, int(cores - busy + 0.7)))
+
+
+def say(console: Console, text: str) -> None:
+    """A line; long ones are left whole where there is no terminal, so that a log holds one line an event."""
+    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+
+
+class StopFlag:
+    """Set by Ctrl-C or SIGTERM. Within :meth:`gently` the first only sets it; elsewhere it stops at once."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._gentle = False
+
+    def __call__(self) -> bool:
+        return self.stopped
+
+    def check(self) -> None:
+        """Raise KeyboardInterrupt if the flag is set."""
+        if self.stopped:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def gently(self) -> Iterator[None]:
+        """Inside, the work asks the flag and saves its state before it stops; a second signal stops it at once."""
+        self._gentle = True
+        try:
+            yield
+        finally:
+            self._gentle = False
+
+    def receive(self) -> None:
+        """What a signal does."""
+        first, self.stopped = not self.stopped, True
+        if not (first and self._gentle):
+            raise KeyboardInterrupt
+        # not through print: the signal may have come in the middle of one
+        os.write(2, b"\nplanish: stopping after this step; once more stops at once\n")
+
+
+@contextmanager
+def stoppable() -> Iterator[StopFlag]:
+    """A flag that SIGINT and SIGTERM set, inside; nothing is changed outside the main thread."""
+    flag = StopFlag()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    owner = os.getpid()
+
+    def handler(number: int, frame: Any) -> None:
+        if os.getpid() == owner:  # loader processes inherit the handler; what they do is for this process to say
+            flag.receive()
+
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    for number, old in before.items():
+        if old is not signal.SIG_IGN:  # in the background of a script, or under nohup
+            signal.signal(number, handler)
+    try:
+        yield flag
+    except RuntimeError:
+        flag.check()  # Ctrl-C reaches the loader's processes, too, and one of them was faster
+        raise
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,58 @@
+"""One trained arm: it can be interrupted, and leaves its last good weights if it fails."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import nn
+
+from planish.data import set_epoch
+from planish.errors import PlanishError
+from planish.flattening import FlattenSettings, flatten
+from planish.models import save_weights
+from planish.recipes.material import Material
+from planish.recipes.session import StopFlag
+from planish.training import TrainingFailed
+
+
+def train_arm(
+    material: Material,
+    schemes: Sequence[str],
+    settings: FlattenSettings,
+    *,
+    allow: tuple[str, ...],
+    checkpoint: Path,
+    resume: bool,
+    stop: StopFlag,
+    progress: Callable[[float], None],
+    last_good: Path,
+    log: Callable[[dict[str, Any]], None] | None = None,
+) -> nn.Module:
+    """Train a copy of the given network; the caller saves it and then asks ``stop``.
+
+    Args:
+        checkpoint: folder for the state from which ``resume`` continues.
+        progress: receives the share of the steps that are done.
+        last_good: file for the last good weights, should the loss cease to be finite.
+
+    Raises:
+        PlanishError: bad input, a full disk, or a loss that is not finite (with the place of the last good weights).
+        KeyboardInterrupt: ``stop`` was set; the checkpoint is written.
+    """
+    # A finished training that is resumed runs no epoch any more; what follows it is to see the last epoch's order.
+    set_epoch(material.train, settings.training.epochs - 1)
+    try:
+        with stop.gently():
+            return flatten(
+                material.loaded.model, material.train, schemes, settings=settings, allow=allow,
+                checkpoint_dir=checkpoint, resume=resume, log=log, should_stop=stop,
+                progress=lambda step, steps, loss: progress(step / steps),
+            )  # fmt: skip
+    except TrainingFailed as error:
+        save_weights(error.state_dict, last_good, {"format": "pt"})
+        raise PlanishError(f"{error}; the last good weights are in {last_good}") from None
+    except SafetensorError as error:
+        raise PlanishError(f"{checkpoint} could not be written ({error}); free some space and try again") from None

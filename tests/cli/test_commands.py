@@ -1,0 +1,206 @@
+"""The commands as a new user gives them: what they print, what they leave, and that all of it fits together."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from planish.models import read_weights
+
+
+@pytest.fixture(scope="module")
+def finished(shared, options, tmp_path_factory):
+    """A finished run, and what it printed."""
+    import contextlib
+    import io
+
+    from planish.cli.main import main
+
+    out = tmp_path_factory.mktemp("finished") / "run"
+    printed = io.StringIO()
+    arguments = ["--arms", "given,flat", "--schemes", "w4a4", "W3A3", "--epochs", "2", "--out", str(out)]
+    with contextlib.redirect_stdout(printed):
+        assert main(["run", *options, *arguments]) == 0
+    return out, printed.getvalue()
+
+
+def test_the_run_folder_is_complete(finished):
+    out, _ = finished
+    names = {"config.toml", "log.jsonl", "results.json", "report.html"}
+    names |= {f"{arm}{rest}.safetensors" for arm in ("given", "flat") for rest in ("", "-w4a4-rtn", "-w3a3-rtn")}
+    assert {path.name for path in out.iterdir()} == names
+    assert [path.name for path in out.parent.iterdir()] == ["run"]
+    results = json.loads((out / "results.json").read_text())
+    assert set(results) >= {"protocol", "environment", "rows", "flatness"}
+    keys = [(row["arm"], row["scheme"], row["method"]) for row in results["rows"]]
+    assert keys == [(arm, *rest) for arm in ("given", "flat") for rest in
+                    (("fp32", "none"), ("w4a4", "rtn"), ("w3a3", "rtn"))]  # fmt: skip
+    row = results["rows"][-1]
+    assert {"seed", "fp_top1", "top1", "nll", "ece", "flip_rate", "seconds", "peak_memory_mb", "weights_mb"} <= set(row)
+    assert row["fp_top1"] == results["rows"][3]["top1"]
+    assert "seconds" not in results["rows"][0]  # the given network was not trained
+    assert results["protocol"]["calibration_images"] == results["protocol"]["train_images"] == 48
+    events = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [e["epoch"] for e in events if e["event"] == "epoch"] == [1, 2]
+    assert sum(e["event"] == "pass" for e in events) == 12
+    assert '"flat"' in (out / "config.toml").read_text()
+
+
+def test_the_printed_lines(finished):
+    out, printed = finished
+    lines = printed.splitlines()
+    assert "[" in lines[2]
+    assert any(line.endswith("flat: fine-tuning under the measured errors of the quantizer") for line in lines)
+    assert any("left] flat: w3a3 by rtn" in line for line in lines)
+    assert lines[-2].startswith("At w")  # the result in one sentence
+    assert lines[-2].endswith(".")
+    assert lines[-1] == f"report: {out / 'report.html'}"
+
+
+def test_an_arm_can_be_evaluated(finished, tiny, planish):
+    out, _ = finished
+    rows = {(r["arm"], r["scheme"]): r for r in json.loads((out / "results.json").read_text())["rows"]}
+    for file, scheme, extra in (
+        ("flat.safetensors", "fp32", tiny), ("flat-w3a3-rtn.safetensors", "w3a3", [*tiny[2:], "--trust"]),
+    ):  # fmt: skip
+        ended = planish("evaluate", out / file, *extra)
+        assert ended.status == 0, ended.err
+        row = rows["flat", scheme]
+        assert f"top1       {row['top1']:.2%}" in ended.out
+        assert f"nll        {row['nll']:.4f}" in ended.out
+    assert planish("evaluate", *tiny, "--weights", out / "flat.safetensors").out.count(
+        f"{rows['flat', 'fp32']['nll']:.4f}"
+    )
+
+
+def test_quantize_writes_what_evaluate_reads(tiny, planish, shared, tmp_path):
+    from planish.data import load_data, make_loader
+    from planish.evaluation import evaluate
+    from planish.ptq.files import load_quantized
+
+    ended = planish("quantize", *tiny, "--scheme", "w3a3", "--calibration-images", "24")
+    assert ended.status == 0, ended.err
+    assert "conv2.weight  conv2d    3     channel" in ended.out
+    assert "fewer than" not in ended.out
+    model, head = load_quantized(Path("quantized.safetensors"), trust=True)
+    assert head["protocol"]["calibration_images"] == 24
+    data = load_data(shared / "data", head["preprocessing"])
+    worth = evaluate(model, make_loader(data.test, 8, shuffle=False, seed=0))
+    ended = planish("evaluate", "quantized.safetensors", *tiny[2:], "--trust")
+    assert f"top1       {worth['top1']:.2%}\nnll        {worth['nll']:.4f}" in ended.out
+    again = planish("quantize", *tiny)
+    assert again.status == 2
+    assert "already there" in again.err
+    assert planish("quantize", *tiny, "--overwrite").status == 0
+
+
+def test_flatten_writes_weights_of_the_same_architecture(tiny, planish):
+    ended = planish("flatten", *tiny, "--epochs", "1", "--scheme", "w3a3", "--out", "f.safetensors")
+    assert ended.status == 0, ended.err
+    assert "use it with --weights f.safetensors" in ended.out
+    assert sorted(p.name for p in Path().iterdir()) == ["f.safetensors"]
+    assert "conv1.weight" in read_weights("f.safetensors")[0]
+    assert planish("run", *tiny, "--weights", "f.safetensors", "--arms", "given", "--schemes", "w4a4").status == 0
+    assert [p.name[:5] for p in Path("runs").iterdir()] == ["tiny-"]
+
+
+@pytest.mark.slow
+def test_the_embedded_network_counts_flips(planish, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert planish("quantize", "--model", "convnet", "--threads", "1").status == 0
+    ended = planish("evaluate", "quantized.safetensors", "--threads", "1")
+    assert "(against convnet as it was given)" in ended.out
+    assert "images     2000" in ended.out
+
+
+def test_methods_are_grouped_lines(planish):
+    ended = planish("methods")
+    assert ended.status == 0
+    lines = ended.out.splitlines()
+    assert lines[0] == "quantization methods (--methods, --method)"
+    assert [line for line in lines if line.split()[:1] == ["rtn"] and "[Jacob et al. 2018" in line]
+    assert [line for line in lines if line.split()[:1] == ["differential-forward"]]
+    assert not [line for line in lines if line and not line.startswith(" ") and "(--" not in line]
+
+
+def test_no_line_is_wrapped_where_there_is_no_terminal(finished):
+    _, printed = finished
+    assert "fewer than the 512 asked for\n" in printed
+    assert max(len(line) for line in printed.splitlines()) > 80
+
+
+HEAVY = "torch", "timm", "numpy", "accelerate", "torchvision", "matplotlib"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["run", "--help"], ["quantize", "--help"], []])
+def test_help_answers_at_once(arguments):
+    program = (
+        "import sys, time\nbegan = time.process_time()\nfrom planish.cli.main import main\n"
+        f"try:\n    main({arguments!r})\nexcept SystemExit as stop:\n    assert not stop.code, stop.code\n"
+        f"print([m for m in {HEAVY!r} if m in sys.modules], time.process_time() - began < 0.9)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[] True"
+    assert "planish" in done.stdout
+
+
+def test_options_that_are_not_given_come_from_the_interrupted_run(tiny, planish, monkeypatch):
+    import planish.recipes.journey as journey
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    command = ["run", *tiny, "--arms", "given", "--schemes", "w4a4,w3a3", "--seed", "3"]
+    with monkeypatch.context() as patch:
+        patch.setattr(journey, "write_report", stop)
+        ended = planish(*command)
+    assert ended.status == 130
+    assert "planish run --resume --out runs/tiny-" in ended.err
+    other = planish("run", "--resume", "--seed", "4")
+    assert other.status == 2
+    assert "seed was 3, is 4" in other.err
+    ended = planish("run", "--resume")
+    assert ended.status == 0, ended.err
+    rows = json.loads(next(Path("runs").glob("tiny-*/results.json")).read_text())["rows"]
+    assert [(row["scheme"], row["seed"]) for row in rows] == [("fp32", 3), ("w4a4", 3), ("w3a3", 3)]
+
+
+def test_estimate_of_the_remaining_time(monkeypatch):
+    from rich.console import Console
+
+    import planish.recipes.work as work_module
+
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    plan = [("test", 1.0), ("train", 10.0), ("test", 1.0), ("train", 10.0), ("test", 1.0)]
+    work = work_module.Work(plan, Console(quiet=True))
+    assert work.left() is None
+    work.begin("test")
+    now = 2.0
+    work.end()
+    assert work.left() == pytest.approx(2.0 * 22)  # only one unit of cost is known to take 2 s
+    work.begin("train")
+    now = 7.0
+    work.at(0.5)
+    assert work.left() == pytest.approx(5 + 2 + 10 + 2)  # half of the training took 5 s
+    now = 12.0
+    work.end()
+    work.begin("test")
+    work.end(measured=False)
+    assert work.left() == pytest.approx(10 + 2)
+    assert [work_module.duration(s) for s in (3.2, 89, 600, 9000)] == ["3 s", "89 s", "10 min", "2.5 h"]
+
+
+def test_the_seed_of_torch_is_not_needed(tiny, planish):
+    """What the process drew before does not change a result."""
+    for name in ("a", "b"):
+        torch.manual_seed(ord(name))
+        assert planish("run", *tiny, "--arms", "flat", "--schemes", "w4a4", "--epochs", "1", "--out", name).status == 0
+    assert Path("a/flat.safetensors").read_bytes() == Path("b/flat.safetensors").read_bytes()

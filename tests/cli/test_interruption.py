@@ -1,0 +1,118 @@
+"""Ctrl-C, SIGTERM and kill -9 at any moment: the resumed run gives the identical result."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
+
+RUN = ["--arms", "given,averaged,flat", "--schemes", "w4a4,w3a3", "--epochs", "3", "--out", "run"]
+SOURCES = Path(__file__).parents[2] / "src"
+ARMS = ("given", "averaged", "flat")
+
+
+def outcome(folder: Path) -> tuple[list[dict], dict[str, bytes]]:
+    rows = json.loads((folder / "results.json").read_text())["rows"]
+    rows = [{k: v for k, v in row.items() if k not in ("seconds", "peak_memory_mb")} for row in rows]
+    return rows, {arm: (folder / f"{arm}.safetensors").read_bytes() for arm in ARMS}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(zygote, options, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    ended = zygote.run(folder, ["run", *options, *RUN])
+    assert ended.status == 0, ended.err
+    rows, arms = outcome(folder / "run")
+    assert len(rows) == 9
+    assert len(set(arms.values())) == 3
+    return rows, arms
+
+
+# lines: two notes, the reference, then arm, fp32 and two schemes for each of three arms
+MOMENTS = [
+    (3, signal.SIGINT), (5, signal.SIGTERM), (6, signal.SIGINT), (8, signal.SIGINT), (8, signal.SIGTERM),
+    (10, signal.SIGTERM), (12, signal.SIGINT), (14, signal.SIGINT), (8, signal.SIGKILL), (12, signal.SIGKILL),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "number"), MOMENTS)
+def test_a_stopped_run_resumes_to_the_identical_result(zygote, options, tmp_path, undisturbed, line, number):
+    delay = random.Random(f"{line} {number}").uniform(0, 0.06)
+    ended = zygote.run(tmp_path, ["run", *options, *RUN], kill=number, after=line, delay=delay)
+    assert "Traceback" not in ended.err
+    if number == signal.SIGKILL:
+        assert ended.status == -signal.SIGKILL
+    else:
+        assert ended.status == 130, ended.err
+        assert "continue with: planish run --resume --out run" in ended.err
+    assert not (tmp_path / "run").exists()
+    assert (tmp_path / ".run.partial").is_dir()
+    ended = zygote.run(tmp_path, ["run", "--resume", "--out", "run"])
+    assert ended.status == 0, ended.err
+    assert outcome(tmp_path / "run") == undisturbed
+    assert not (tmp_path / "run" / "checkpoint").exists()
+
+
+def test_a_second_signal_stops_at_once(zygote, options, tmp_path):
+    """In the middle of a training: the first asks for a checkpoint, which a long step would delay."""
+    from planish.recipes.session import stoppable
+
+    with stoppable() as stop, stop.gently():
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop()
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt), stoppable() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.parametrize(("library", "number"), [("rich", signal.SIGTERM), ("torch", signal.SIGINT)])
+def test_a_signal_during_the_imports(options, tmp_path, library, number):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Tell:\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {library!r}: print('here', flush=True)\n"
+        "sys.meta_path.insert(0, Tell())\n"
+    )
+    (tmp_path / "here").mkdir()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "planish", "run", *options, *RUN], cwd=tmp_path / "here",
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{tmp_path}:{SOURCES}"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert err == "planish: interrupted before anything was done\n"
+    assert list((tmp_path / "here").iterdir()) == []
+
+
+def test_flatten_goes_on_where_it_was_stopped(zygote, options, tmp_path):
+    command = ["flatten", *options, "--epochs", "4", "--scheme", "w3a3"]
+    ended = zygote.run(tmp_path, [*command, "--out", "whole.safetensors"])
+    assert ended.status == 0, ended.err
+    for number in (signal.SIGINT, signal.SIGTERM):
+        out = f"{number}.safetensors"
+        ended = zygote.run(tmp_path, [*command, "--out", out], kill=number, after=2, delay=0.05)
+        assert ended.status == 130, ended.err
+        assert f"kept in {out}.checkpoint, the same command continues it" in ended.err
+        assert not (tmp_path / out).exists()
+        other = zygote.run(tmp_path, [*command, "--out", out, "--lr", "0.1"])
+        assert other.status == 2
+        assert "other settings (lr was None, is 0.1)" in other.err
+        ended = zygote.run(tmp_path, [*command, "--out", out])
+        assert ended.status == 0, ended.err
+        assert "going on with" in ended.out
+        assert (tmp_path / out).read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+        assert not (tmp_path / f"{out}.checkpoint").exists()

@@ -1,0 +1,63 @@
+"""Settings: to config.toml and back, the arms, and what is refused before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from planish.cli.options import Run
+from planish.errors import PlanishError
+from planish.recipes.arms import ARMS, arm_settings
+from planish.recipes.check import MAX_SEED, check_run
+from planish.recipes.config import ModelOptions, NoiseOptions, RunConfig, TrainOptions, flat_dict, from_flat_dict
+from planish.report.folder import RunFolder
+from planish.training.engine import step_seed
+
+
+def test_settings_survive_the_file(tmp_path):
+    config = RunConfig(
+        arms=("flat",), models=ModelOptions(data=Path("a/b"), threads=3), train=TrainOptions(lr=0.5, epochs=7)
+    )
+    run = RunFolder.open(tmp_path / "run")
+    run.write_config({**flat_dict(config), "checkpoint": "00"})
+    assert from_flat_dict(RunConfig, run.read_config()) == config
+    assert from_flat_dict(RunConfig, flat_dict(RunConfig())) == RunConfig()
+    with pytest.raises(KeyError, match="epochs"):
+        from_flat_dict(RunConfig, {k: v for k, v in flat_dict(config).items() if k != "epochs"})
+
+
+def test_no_two_settings_share_a_name():
+    assert len(flat_dict(RunConfig())) == 4 + sum(
+        len(part.__dataclass_fields__)
+        for part in (ModelOptions, TrainOptions, NoiseOptions, type(RunConfig().quantize))
+    )
+
+
+def test_commas_and_repetitions():
+    assert Run(arms=("given,flat", "flat", "sam,")).arms == ("given", "flat", "sam")
+
+
+def test_schemes_get_planishs_spelling():
+    assert check_run(RunConfig(schemes=("W4A4", "w4a4", "w3"), prepare="W2A4")).schemes == ("w4a4", "w3")
+    assert check_run(RunConfig(prepare="W2A4")).prepare == "w2a4"
+
+
+def test_the_largest_seed_still_fits():
+    step_seed(MAX_SEED, 10**6, 100).to_bytes(8, "little")
+    config = RunConfig(models=ModelOptions(seed=MAX_SEED + 1))
+    with pytest.raises(PlanishError, match="seed is"):
+        check_run(config)
+    check_run(replace(config, models=ModelOptions(seed=MAX_SEED)))
+
+
+def test_every_arm_has_settings_of_the_same_budget():
+    train = TrainOptions(epochs=3, lr=0.1)
+    for arm in ARMS:
+        settings = arm_settings(arm, train, NoiseOptions(), 5)
+        assert (settings is None) == (arm == "given")
+        if settings is not None:
+            assert (settings.training.epochs, settings.training.lr, settings.training.seed) == (3, 0.1, 5)
+    with pytest.raises(PlanishError, match="'none' is not known: choose from given"):
+        arm_settings("none", train, NoiseOptions(), 0)
