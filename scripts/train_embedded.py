@@ -22,20 +22,20 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 NETWORKS = {
-    "vit": dict(
-        architecture="vit_tiny_patch16_224",
-        arguments=dict(
-            img_size=28, patch_size=4, embed_dim=64, depth=4, num_heads=2, mlp_ratio=2,
-            class_token=False, global_pool="avg", in_chans=1, num_classes=10,
-        ),
-    ),
-    "convnet": dict(
-        architecture="resnet10t",
-        arguments=dict(
-            stem_width=8, layers=(2, 2, 2, 2), channels=(16, 32, 48, 64), output_stride=8,
-            in_chans=1, num_classes=10,
-        ),
-    ),
+    "vit": {
+        "architecture": "vit_tiny_patch16_224",
+        "arguments": {
+            "img_size": 28, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 2, "mlp_ratio": 2,
+            "class_token": False, "global_pool": "avg", "in_chans": 1, "num_classes": 10,
+        },
+    },
+    "convnet": {
+        "architecture": "resnet10t",
+        "arguments": {
+            "stem_width": 8, "layers": (2, 2, 2, 2), "channels": (16, 32, 48, 64), "output_stride": 8,
+            "in_chans": 1, "num_classes": 10,
+        },
+    },
 }  # fmt: skip
 MEAN, STD = 0.2860, 0.3530
 
@@ -64,7 +64,7 @@ def build(network: str) -> torch.nn.Module:
 @torch.no_grad()
 def top1(model: torch.nn.Module, x: torch.Tensor, y: torch.Tensor) -> float:
     model.eval()
-    return sum((model(a).argmax(1) == b).sum().item() for a, b in zip(x.split(500), y.split(500))) / len(y)
+    return sum((model(a).argmax(1) == b).sum().item() for a, b in zip(x.split(500), y.split(500), strict=True)) / len(y)
 
 
 def main() -> None:

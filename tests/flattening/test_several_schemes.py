@@ -108,3 +108,17 @@ def test_attention_stays_fused_while_all_taps_of_a_module_are_idle(monkeypatch):
         calls.clear()
         torch.testing.assert_close(twin(x), expected, atol=1e-6, rtol=1e-5)
         assert len(calls) == times  # two blocks
+
+
+def test_a_weight_made_from_parameters_is_measured_whole():
+    """Its grid has a scale for every output channel, so a sample of the channels would not fit it."""
+    torch.manual_seed(0)
+    layer = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(1, 96, 3))
+    wide = torch.nn.utils.parametrizations.weight_norm(torch.nn.Conv2d(96, 32, 3))
+    model = torch.nn.Sequential(
+        layer, torch.nn.ReLU(), wide, torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(32, 4)
+    )
+    settings = FlattenSettings(part=1.0, activation_part=1.0, share=1.0, training=tiny.settings(epochs=1))
+    flat = flatten(model, tiny.loader(), "w4a4", settings=settings)
+    assert all(torch.isfinite(p).all() for p in flat.parameters())
+    assert list(flat.state_dict()) == list(model.state_dict())

@@ -36,7 +36,7 @@ def test_rows_and_precisions():
     assert book.macs == 2 * (layer + attention) + edges
     assert book.shares["a4a4"] == pytest.approx(2 * attention / book.macs)
     assert book.shares["w8a8"] == pytest.approx(edges / book.macs)
-    assert set(ledger(model, "w3", example=example).shares) == {"w3af", "w8af", "float"}
+    assert set(ledger(model, "w3", example=example).shares) == {"w3", "w8", "float"}
 
 
 def test_table():

@@ -40,8 +40,11 @@ def test_commas_and_repetitions():
 
 
 def test_schemes_get_planishs_spelling():
-    assert check_run(RunConfig(schemes=("W4A4", "w4a4", "w3"), prepare="W2A4")).schemes == ("w4a4", "w3")
-    assert check_run(RunConfig(prepare="W2A4")).prepare == "w2a4"
+    assert check_run(RunConfig(schemes=("W4A4", "w4a4", "w3"), prepare=("W2A4",))).schemes == ("w4a4", "w3")
+    assert check_run(RunConfig(prepare=("W2A4",))).prepare == ("w2a4",)
+    assert check_run(RunConfig(schemes=("W4A4",))).prepare == ("w4a4",)
+    with pytest.raises(PlanishError, match="no scheme to flatten for"):
+        check_run(RunConfig(schemes=()))
 
 
 def test_the_largest_seed_still_fits():

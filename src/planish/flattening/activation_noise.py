@@ -73,8 +73,9 @@ class _Level:
 class NoiseTap(nn.Module):
     """Clips to the quantizer's range and adds noise, in training mode and while ``on``; else the identity."""
 
-    def __init__(self, levels: Sequence[_Level | None], owner: ActivationNoise) -> None:
+    def __init__(self, levels: Sequence[_Level | None], owner: ActivationNoise, whole: bool = False) -> None:
         super().__init__()
+        self.whole = whole  # a weight made from parameters is measured whole: it has a scale for every channel
         self.levels = levels
         self.level = next(level for level in levels if level is not None)
         self.owner = owner
@@ -96,7 +97,7 @@ class NoiseTap(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.measuring:
             self.measure(x)
-        if not (self.on and self.training):
+        if not (self.on and self.training) or self.recorder.grid is None:
             return x
         owner = self.owner
         if owner.kind == "residual":
@@ -131,7 +132,10 @@ class NoiseTap(nn.Module):
         """Refresh the recorder and the plain numbers that the hot path reads; once a step, however often it runs."""
         self.measuring = False
         owner = self.owner
-        self.recorder.measure(sample_activation(x))
+        seen = x if self.whole else sample_activation(x)
+        if not torch.isfinite(seen).all():
+            return  # the loss will say so
+        self.recorder.measure(seen)
         if owner.accelerator is not None and owner.accelerator.num_processes > 1:
             self.recorder.reduce(owner.accelerator)
         size = self.recorder.step / 12**0.5 if owner.kind == "uniform" else self.recorder.deviation
@@ -147,9 +151,10 @@ class ActivationNoise(Ingredient):
     Args:
         assignment: which activations are quantized, and how; of several, each step imitates one at random.
         kind: a key of ``KINDS``.
-        gain: the noise's standard deviation as a multiple of the recorded one.
+        gain: the noise's standard deviation as a multiple of the recorded one (``residual`` has none).
         clip: clip to the quantizer's range first, so that training meets the clipping, too, and not only the rounding.
-        part: share of the layers that ``residual`` rounds at a time; an attention's operands are rounded together.
+        part: share of the layers that ``residual`` rounds at a time; the operands of a fused
+            attention are rounded together and half as often, because it has to be spelled out for it.
         nonzero_only: leave exact zeros (the output of a ReLU) alone: a quantizer with a zero level makes no error
             there.
         start, until, share, refresh, seed: see :class:`~planish.flattening.schedule.Schedule`.
@@ -162,6 +167,8 @@ class ActivationNoise(Ingredient):
     ) -> None:  # fmt: skip
         if kind not in KINDS:
             raise PlanishError(f"activation noise is {kind!r}: choose one of {', '.join(KINDS)}")
+        if not 0 < part <= 1:
+            raise PlanishError(f"part of the layers to round is {part}: give a share in (0, 1]")
         self.assignments = (assignment,) if isinstance(assignment, Assignment) else tuple(assignment)
         self.kind, self.gain, self.clip, self.nonzero_only = kind, gain, clip, nonzero_only
         self.part = part
@@ -169,6 +176,7 @@ class ActivationNoise(Ingredient):
         self.measured = [-1] * len(self.assignments)  # steps of the last measurement, by scheme
         self.taps: dict[str, NoiseTap] = {}
         self.by_layer: defaultdict[str, list[NoiseTap]] = defaultdict(list)
+        self.attentions: set[str] = set()
         self.accelerator: Accelerator | None = None
 
     def active(self, run: Run) -> bool:
@@ -195,6 +203,7 @@ class ActivationNoise(Ingredient):
         self.taps = {name: tap for name, tap in taps.items() if isinstance(tap, NoiseTap)}
         # an attention is chosen as a whole: where none of its operands is rounded, it stays fused
         self.by_layer = defaultdict(list)
+        self.attentions = {p.module for p in self.assignments[0].products if p.operator == "attention_qk"}
         for product in self.assignments[0].products:
             for site in product.sites:
                 if site.name in self.taps:
@@ -205,7 +214,7 @@ class ActivationNoise(Ingredient):
         def level(fmt: Format) -> _Level:
             return _Level(ErrorRecorder(fmt, channel_axis=site.channel_axis, nonzero_only=self.nonzero_only))
 
-        return NoiseTap([None if fmt is None else level(fmt) for fmt in formats], self)
+        return NoiseTap([None if fmt is None else level(fmt) for fmt in formats], self, site.is_weight)
 
     def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
         active = self.active(run)
@@ -220,8 +229,10 @@ class ActivationNoise(Ingredient):
         if active:
             self.pool.renew(run.step)
             if self.kind == "residual":
-                for taps in self.by_layer.values():
-                    chosen = self.pool.uniform() < self.part
+                for owner, taps in self.by_layer.items():
+                    # attention that is spelled out costs several times what the fused kernel does: half as often
+                    part = self.part / 2 if owner in self.attentions else self.part
+                    chosen = self.pool.uniform() < part
                     for tap in taps:
                         tap.chosen = chosen
 

@@ -40,7 +40,8 @@ class FlattenSettings:
     Attributes:
         weight_noise: a key of ``planish.flattening.weight_noise.KINDS``.
         activation_noise: a key of ``planish.flattening.activation_noise.KINDS``.
-        weight_gain, activation_gain: standard deviation of the noise as a multiple of the recorded error's.
+        weight_gain, activation_gain: size of the noise as a multiple of the recorded error's; activation noise of kind
+            ``residual`` has no gain.
         part, activation_part: share of the weights, and of the layers' inputs, that ``residual`` rounds at a time.
         clip_weights, clip_activations: clip to the quantizer's range before the noise is added.
         nonzero_only: no activation noise where a value is exactly zero.
@@ -90,7 +91,9 @@ class FlattenSettings:
     def perturbs(self) -> bool:
         """Whether any step is computed elsewhere than at the clean weights and activations."""
         weights = self.clip_weights or (self.weight_noise != "none" and self.weight_gain > 0)
-        activations = self.activation_noise != "none" and self.activation_gain > 0
+        activations = self.activation_noise == "residual" or (
+            self.activation_noise != "none" and self.activation_gain > 0
+        )
         return weights or activations or self.clip_activations or self.sam > 0
 
     @property
@@ -159,7 +162,7 @@ def flatten(
         flat, loader, ingredients, training, accelerator=accelerator, checkpoint_dir=checkpoint_dir, resume=resume,
         progress=progress, log=log, should_stop=should_stop,
     )  # fmt: skip
-    if training.epochs and (settings.perturbs or settings.averages):
+    if training.epochs and (settings.perturbs or settings.averages) and not training.freeze_batchnorm:
         # the same batches in every process, also where the loader shuffles by the global generator
         torch.manual_seed(step_seed(training.seed, -1))
         clean = (to_device(split_batch(b)[0], accelerator.device) for b in islice(loader, settings.reestimate_batches))

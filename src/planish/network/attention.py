@@ -40,7 +40,7 @@ def scaled_dot_product_attention(
         repeats = query.size(-3) // key.size(-3)
         key, value = key.repeat_interleave(repeats, -3), value.repeat_interleave(repeats, -3)
     logits = product(*QK, query, key.transpose(-2, -1))
-    logits = logits * (1 / math.sqrt(query.size(-1)) if scale is None else scale)
+    logits = logits.mul_(1 / math.sqrt(query.size(-1)) if scale is None else scale)
     if is_causal:
         causal = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
         logits = logits.masked_fill(~causal, -math.inf)

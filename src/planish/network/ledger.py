@@ -85,6 +85,8 @@ def _precision(bits: dict[str, str]) -> str:
     """``{"w": "4", "a": "4"}`` -> ``w4a4``; a product of two activations -> ``a4a4``."""
     if set(bits.values()) == {"f"}:
         return "float"
+    if "a" not in bits or bits["a"] == "f":  # weights only
+        return f"w{bits['w']}" if "w" in bits else "float"
     return f"w{bits['w']}a{bits['a']}" if "w" in bits else f"a{bits['a']}a{bits['a']}"
 
 

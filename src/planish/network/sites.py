@@ -33,6 +33,7 @@ _PLAIN_FORWARDS = {
 # Products that PyTorch's table of floating-point operations does not list.
 _EXTRA_PRODUCTS = {"mv", "dot", "addmv", "mkldnn_rnn_layer", "_native_multi_head_attention", "_trilinear",
                    "_transformer_encoder_layer_fwd", "_cdist_forward", "_euclidean_dist",
+                   "_cudnn_rnn", "miopen_rnn", "_lstm_mps", "_grouped_mm", "_sparse_addmm", "conv_tbc",
                    "_int_mm", "_scaled_mm"}  # fmt: skip
 
 

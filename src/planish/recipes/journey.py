@@ -119,6 +119,7 @@ class _Journey:
 
     def walk(self) -> dict[str, Any]:
         given = self.material.loaded.model
+        _ = self.ledger  # a product that no tap reaches, or a pattern that matches nothing, is an error before training
         with self.work:
             self.work.begin("the given network on the test images")
             reference, _, _ = predict(given, self.material.test, progress=self._each_batch)
@@ -217,8 +218,8 @@ class _Journey:
         config, loaded, data = self.config, self.material.loaded, self.material.data
         trained = [arm for arm in config.arms if ARMS[arm].cost]
         fp = next((r["top1"] for r in self.rows if r["arm"] == "given" and r["scheme"] == "fp32"), None)
-        scheme = Scheme.parse((*config.schemes, *config.prepare, "w8a8")[0])
-        acts = scheme.activations
+        schemes = dict.fromkeys((*config.schemes, *(config.prepare if "flat" in trained else ())))
+        flat = arm_settings("flat", config.train, config.noise, config.models.seed) if "flat" in trained else None
         return {
             "model": loaded.name, "checkpoint": loaded.weights_hash, "fp_top1": fp, "data": data.name,
             "test_images": self.material.test_images, "train_images": len(data.train_labels) if trained else None,
@@ -227,9 +228,15 @@ class _Journey:
             "weight_noise": config.noise.weight_noise if "flat" in trained else None,
             "activation_noise": config.noise.activation_noise if "flat" in trained else None,
             "calibration_images": self.material.calibration_images, "calibration_seed": config.models.seed,
-            "weights": f"{scheme.weights.granularity}, range by {scheme.weights.observer}",
-            "activations": acts and f"{acts.granularity}, range by {acts.observer}",
-            "first_and_last_layer_bits": scheme.edge_bits,
+            "noise": flat and (
+                f"{flat.share:.0%} of the steps until {flat.until:.0%} of the run, {flat.part:.0%} of the weights and "
+                f"{flat.activation_part:.0%} of the layers, averaging {flat.averaging}"
+            ),
+            "distillation": config.noise.distillation or None, "output_error": config.noise.output_error or None,
+            "optimizer": config.train.optimizer if trained else None,
+            "learning_rate": (config.train.lr or "default of the optimizer") if trained else None,
+            "precision": config.train.mixed_precision if trained else None,
+            **{f"scheme_{name}": Scheme.parse(name).describe().partition(": ")[2] for name in schemes},
             "in_float": ", ".join((IN_FLOAT, *config.quantize.allow)),
             "seed": config.models.seed, "batch_size": config.models.batch_size, "threads": config.models.threads,
             "device": str(self.material.device), "seconds_training": self.seconds or None,

@@ -153,10 +153,10 @@ def train(
         if resume and checkpoint_dir is not None and checkpoint.exists(checkpoint_dir):
             run.step = checkpoint.load(checkpoint_dir, model, prepared, ingredients)
             good = _snapshot(model)
+        stepper.set_modes()
         for epoch in range(run.step // max(1, len(batches)), settings.epochs):
             _set_epoch(batches, epoch, settings.seed)
             done = run.step - epoch * len(batches)
-            stepper.set_modes()
             for batch in _skip(accelerator, batches, done) if done else batches:
                 loss = stepper(batch)
                 run.step += 1
@@ -167,12 +167,18 @@ def train(
                     raise Interrupted
             run.history.append({"epoch": epoch + 1, "loss": loss, "seconds": time.perf_counter() - began})
             run.log({"event": "epoch", **run.history[-1]})
+            if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+                raise FloatingPointError("NaN or infinite in the weights")
             good = _snapshot(model)
             saver(run.step)
     except FloatingPointError as error:
         run.failed = True
         model.load_state_dict(good, strict=False)
-        where = f"; the checkpoint of the last good epoch is in {checkpoint_dir}" if checkpoint_dir else ""
+        where = (
+            f"; the checkpoint of the last good epoch is in {checkpoint_dir}"
+            if checkpoint_dir is not None and checkpoint.exists(checkpoint_dir)
+            else ""
+        )
         raise TrainingFailed(
             f"the loss became {error} at step {run.step + 1} of {run.steps}: training stopped and the last good "
             f"weights were kept{where}; lower the learning rate ({peak:g}) or look for bad values in the images",
