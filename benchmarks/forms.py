@@ -65,7 +65,7 @@ def forms(training: TrainingSettings) -> dict[str, FlattenSettings | None]:
         "default, half the learning rate": replace(default, training=half),
         "default, BatchNorm not frozen": replace(default, training=free),
         "default + distillation": replace(default, distillation=1.0),
-        "default + output error, weight 0.1": replace(default, output_error=0.1),
+        "default + output error": replace(default, output_error=0.1),
     }
 
 

@@ -1,11 +1,11 @@
-from contextlib import nullcontext
+import copy
 
 import pytest
 import torch
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.flattening import ActivationNoise, FlattenSettings, WeightNoise
+from planish.flattening import FlattenSettings
 from planish.flattening.recipe import make_ingredients
 from planish.training import Distillation, Ingredient, OutputError, TaskLoss
 from tests.training import tiny
@@ -55,32 +55,26 @@ def test_distillation_is_the_divergence_and_reads_no_labels():
     assert not teacher.training
 
 
-def test_output_error_is_zero_without_noise_and_changes_no_statistics():
-    term = OutputError(1.0, lambda model: nullcontext())
-    spy = Spy(term)
-    with_term, plain = tiny.conv(dropout=0.5), tiny.conv(dropout=0.5)
-    tiny.fit(with_term, [term, spy])
-    tiny.fit(plain)
-    assert spy.values == [0.0] * 12  # dropout drops the same in both passes
-    assert tiny.same(with_term, plain)  # and batch statistics count once
+def test_output_error_is_the_squared_distance_to_the_given_network():
+    student = tiny.mlp(1)
+    term = OutputError(copy.deepcopy(student), 2.0)
+    seen = []
+
+    class Check(Ingredient):
+        def loss(self, run, inputs, labels, logits):
+            expected = 2.0 * ((logits - term.teacher(inputs)) ** 2).mean()
+            seen.append((term.loss(run, inputs, labels, logits).item(), expected.item()))
+
+    tiny.fit(student, [term, Check()])
+    assert seen[0][0] == 0.0  # nothing has moved yet
+    assert all(mine == pytest.approx(theirs, rel=1e-5) for mine, theirs in seen)
+    assert min(mine for mine, _ in seen[1:]) > 0
 
 
-def test_output_error_sees_the_noise_and_the_clean_network():
-    model = tiny.conv()
-    settings = FlattenSettings(
-        output_error=1.0,
-        task=1.0,
-        weight_noise="residual",
-        part=1.0,
-        activation_noise="gaussian",
-        averaging=None,
-        until=0.5,
-        share=1.0,
-    )
-    made = make_ingredients(settings, tiny.conv(), tiny.plan(model))
+def test_output_error_of_the_recipe_is_measured_against_the_given_network():
+    given = tiny.conv(1)
+    settings = FlattenSettings(output_error=1.0, part=1.0, averaging=None)
+    made = make_ingredients(settings, given, [tiny.plan(given)])
     term = next(i for i in made if isinstance(i, OutputError))
-    assert made.index(term) < min(made.index(i) for i in made if isinstance(i, WeightNoise | ActivationNoise))
-    spy = Spy(term)
-    tiny.fit(model, [*made, spy], task=False)
-    assert min(spy.values[:6]) > 1e-5
-    assert spy.values[6:] == [0.0] * 6  # the noise is off in the second half
+    assert term.teacher is not given
+    assert tiny.same(term.teacher, given)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -54,7 +53,7 @@ class FlattenSettings:
         task, label_smoothing: weight of the cross-entropy with the labels; 0 reads no labels.
         distillation, temperature: weight of the divergence from the given network's outputs; one more forward pass
             a step.
-        output_error: weight of the mean squared error between clean and perturbed outputs (the objective of
+        output_error: weight of the mean squared error between the given and the perturbed outputs (the objective of
             arXiv 2511.01462); one more forward pass a step.
         reestimate_batches: batches over which BatchNorm statistics are re-estimated afterwards, if they were not frozen
             and anything but plain training was done.
@@ -197,7 +196,7 @@ def make_ingredients(settings: FlattenSettings, model: nn.Module, plans: Sequenc
         )  # fmt: skip
         quiet.append(activations)
     if s.output_error:
-        ingredients.append(OutputError(s.output_error, _silence(quiet)))
+        ingredients.append(OutputError(copy.deepcopy(model), s.output_error))
     ingredients += quiet
     if s.task:
         ingredients.append(TaskLoss(s.task, s.label_smoothing))
@@ -209,22 +208,3 @@ def make_ingredients(settings: FlattenSettings, model: nn.Module, plans: Sequenc
         decay = None if s.equal_averaging else s.averaging
         ingredients.append(Averaging(decay, s.averaging_start))
     return ingredients
-
-
-def _silence(noises: list[WeightNoise | ActivationNoise]) -> Callable[[nn.Module], Any]:
-    """A context in which the perturbations are off and the network computes what it will compute when it is shipped."""
-
-    @contextmanager
-    def quiet(model: nn.Module) -> Iterator[None]:
-        taps = [tap for noise in noises if isinstance(noise, ActivationNoise) for tap in noise.taps.values()]
-        was = [tap.on for tap in taps]
-        for tap in taps:
-            tap.on = False
-        try:
-            with torch.no_grad():
-                yield
-        finally:
-            for tap, on in zip(taps, was, strict=True):
-                tap.on = on
-
-    return quiet
