@@ -174,7 +174,6 @@ def make_ingredients(settings: FlattenSettings, model: nn.Module, plans: Sequenc
     """The ingredients that the settings name, in the order in which the loop runs them."""
     s, seed = settings, settings.training.seed
     ingredients: list[Ingredient] = []
-    quiet: list[WeightNoise | ActivationNoise] = []
     if s.sam:
         ingredients.append(SAM(s.sam, s.adaptive_sam))
     schedule: dict[str, Any] = {
@@ -184,20 +183,18 @@ def make_ingredients(settings: FlattenSettings, model: nn.Module, plans: Sequenc
         "refresh": s.refresh,
         "seed": seed,
     }
+    if s.output_error:
+        ingredients.append(OutputError(copy.deepcopy(model), s.output_error))
     if plans and (s.weight_noise != "none" or s.clip_weights):
-        weights = WeightNoise(
-            plans, s.weight_noise, gain=s.weight_gain, part=s.part, clip=s.clip_weights, **schedule
-        )  # fmt: skip
-        quiet.append(weights)
+        ingredients.append(
+            WeightNoise(plans, s.weight_noise, gain=s.weight_gain, part=s.part, clip=s.clip_weights, **schedule)
+        )
     if plans and (s.activation_noise != "none" or s.clip_activations):
         activations = ActivationNoise(
             plans, s.activation_noise, gain=s.activation_gain, clip=s.clip_activations, nonzero_only=s.nonzero_only,
             part=s.activation_part, **schedule,
         )  # fmt: skip
-        quiet.append(activations)
-    if s.output_error:
-        ingredients.append(OutputError(copy.deepcopy(model), s.output_error))
-    ingredients += quiet
+        ingredients.append(activations)
     if s.task:
         ingredients.append(TaskLoss(s.task, s.label_smoothing))
     if s.distillation:

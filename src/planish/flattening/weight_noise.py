@@ -83,7 +83,6 @@ class WeightNoise(Ingredient):
         law = "uniform" if self.kind == "uniform" else "gaussian"
         # the same seed on every rank: the weights must stay equal
         self.pool = NoisePool(law, self.schedule.seed, run.accelerator.device)
-        self.saved: list[Tensor] = []
         self.previous = None
 
     @torch.no_grad()
@@ -127,7 +126,7 @@ class WeightNoise(Ingredient):
             return compute()
         with torch.no_grad():
             weights = [p.detach() for p in self.parameters]
-            self.saved = [weight.clone() for weight in weights]
+            clean = [weight.clone() for weight in weights]
             if self.clip:
                 for weight, recorder in zip(weights, self.recorders, strict=True):
                     weight.clamp_(*recorder.limits())
@@ -137,7 +136,7 @@ class WeightNoise(Ingredient):
             return compute()
         finally:
             with torch.no_grad():
-                torch._foreach_copy_(weights, self.saved)
+                torch._foreach_copy_(weights, clean)
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
