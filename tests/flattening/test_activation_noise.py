@@ -208,6 +208,26 @@ def test_error_is_measured_every_so_many_steps():
     assert [i for i, measured in enumerate(times) if measured] == [0, 4, 8]
 
 
+def test_operands_of_an_attention_are_measured_where_they_are_rounded():
+    """Measuring them elsewhere would take the fused kernel away from a step that needs it for nothing else."""
+    model = tiny.vit()
+    noise = ActivationNoise(tiny.plan(model, size=16), "residual", part=0.5, refresh=3, until=1.0)
+    seen = []
+
+    class Watch(Ingredient):
+        def before_step(self, run, inputs, labels):
+            seen.extend(
+                (run.step, tap.measuring, tap.chosen)
+                for owner in noise.attentions
+                for tap in noise.by_layer[owner]
+                if tap.recorder.grid is not None
+            )
+
+    tiny.fit(model, [noise, Watch()], tiny.loader(size=16))
+    assert any(measured for _, measured, _ in seen)
+    assert all(chosen for _, measured, chosen in seen if measured)
+
+
 def test_kind_is_checked():
     with pytest.raises(PlanishError, match="gaussian"):
         ActivationNoise(tiny.plan(tiny.mlp()), "cauchy")

@@ -58,6 +58,7 @@ class _Level:
     sigma: float = 0.0
     step: float = 1.0
     zero_point: int = 0
+    due: bool = False  # to be measured at the next step that allows it
 
     def refresh(self, sigma: float) -> None:
         low, high = self.recorder.limits()
@@ -67,7 +68,7 @@ class _Level:
             self.step, self.zero_point = self.recorder.step.item(), int(self.recorder.grid.zero_point)
 
     def numbers(self) -> list[float]:
-        return [self.low, self.high, self.sigma, self.step, self.zero_point]
+        return [self.low, self.high, self.sigma, self.step, self.zero_point, self.due]
 
 
 class NoiseTap(nn.Module):
@@ -130,7 +131,7 @@ class NoiseTap(nn.Module):
 
     def measure(self, x: Tensor) -> None:
         """Refresh the recorder and the plain numbers that the hot path reads; once a step, however often it runs."""
-        self.measuring = False
+        self.measuring = self.level.due = False
         owner = self.owner
         seen = x if self.whole else sample_activation(x)
         if not torch.isfinite(seen).all():
@@ -224,8 +225,9 @@ class ActivationNoise(Ingredient):
             self.measured[scheme] = run.step
         for tap in self.taps.values():
             level = tap.levels[scheme]
-            tap.on, tap.measuring = active and level is not None, measuring and level is not None
+            tap.on = active and level is not None
             tap.level = tap.level if level is None else level
+            tap.level.due |= measuring and level is not None
         if active:
             self.pool.renew(run.step)
             if self.kind == "residual":
@@ -235,6 +237,11 @@ class ActivationNoise(Ingredient):
                     chosen = self.pool.uniform() < part
                     for tap in taps:
                         tap.chosen = chosen
+        for owner, taps in self.by_layer.items():
+            for tap in taps:
+                # a fused attention shows its operands only where it is spelled out: it waits until it is, for rounding
+                wait = self.kind == "residual" and owner in self.attentions and tap.recorder.grid is not None
+                tap.measuring = tap.on and tap.level.due and (tap.chosen or not wait)
 
     def finish(self, run: Run) -> None:
         detach(run.model)
@@ -254,4 +261,4 @@ class ActivationNoise(Ingredient):
             for level, saved in zip(tap.levels, state["levels"][name], strict=True):
                 if level is not None:
                     level.recorder.load_state_dict(saved[0], self.pool.device)
-                    level.low, level.high, level.sigma, level.step, level.zero_point = saved[1]
+                    level.low, level.high, level.sigma, level.step, level.zero_point, level.due = saved[1]
