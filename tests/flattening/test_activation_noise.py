@@ -208,19 +208,18 @@ def test_error_is_measured_every_so_many_steps():
     assert [i for i, measured in enumerate(times) if measured] == [0, 4, 8]
 
 
-def test_operands_of_an_attention_are_measured_where_they_are_rounded():
-    """Measuring them elsewhere would take the fused kernel away from a step that needs it for nothing else."""
+def test_probabilities_are_measured_where_they_are_rounded():
+    """Measuring them elsewhere would take the fused kernel away from a step that could keep it."""
     model = tiny.vit()
-    noise = ActivationNoise(tiny.plan(model, size=16), "residual", part=0.5, refresh=3, until=1.0)
+    noise = ActivationNoise(tiny.plan(model, size=16), "residual", part=1.0, refresh=3, until=1.0)
     seen = []
 
     class Watch(Ingredient):
         def before_step(self, run, inputs, labels):
             seen.extend(
                 (run.step, tap.measuring, tap.chosen)
-                for owner in noise.attentions
-                for tap in noise.by_layer[owner]
-                if tap.recorder.grid is not None
+                for tap in noise.taps.values()
+                if tap.inner and tap.recorder.grid is not None
             )
 
     tiny.fit(model, [noise, Watch()], tiny.loader(size=16))

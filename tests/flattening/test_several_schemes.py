@@ -89,7 +89,7 @@ class Idle(torch.nn.Identity):
     idle = True
 
 
-def test_attention_stays_fused_while_all_taps_of_a_module_are_idle(monkeypatch):
+def test_attention_stays_fused_while_its_taps_are_idle(monkeypatch):
     calls = []
     model = tiny.vit().eval()
     x = torch.randn(2, 1, 16, 16)
@@ -108,6 +108,38 @@ def test_attention_stays_fused_while_all_taps_of_a_module_are_idle(monkeypatch):
         calls.clear()
         torch.testing.assert_close(twin(x), expected, atol=1e-6, rtol=1e-5)
         assert len(calls) == times  # two blocks
+
+
+def test_a_fused_attention_takes_its_operands_through_their_taps():
+    """Rounding q, k and v before the fused kernel is what the spelled-out attention computes."""
+    from planish.functional import Grid, fake_quantize
+
+    class Rounded(torch.nn.Module):
+        def __init__(self, idle):
+            super().__init__()
+            self.idle = idle
+
+        def forward(self, x):
+            steps = torch.linspace(0.2, 0.4, x.shape[-2])[:, None]  # of each row, so that a wrong axis shows
+            return x if self.idle else fake_quantize(x, Grid(steps, torch.zeros(()), -8, 7))
+
+    model = tiny.vit().eval()
+    x = torch.randn(2, 1, 16, 16)
+    products = watch(model, x[:1]).products
+    outputs = []
+    for spelled_out in (True, False):
+        twin = copy.deepcopy(model)
+
+        def tap(site, spelled_out=spelled_out):
+            if not site.slot.startswith("attention"):
+                return None
+            inner = site.slot.endswith("_probabilities")
+            return torch.nn.Identity() if inner and spelled_out else Rounded(idle=inner)
+
+        attach(twin, products, tap)
+        outputs.append(twin(x))
+    torch.testing.assert_close(outputs[0], outputs[1], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(outputs[0], model(x), atol=1e-3)
 
 
 def test_a_weight_made_from_parameters_is_measured_whole():

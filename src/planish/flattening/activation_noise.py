@@ -22,6 +22,8 @@ from planish.scheme import Format
 from planish.training.ingredients import Ingredient
 from planish.training.loop import Run
 
+INNER = 0.2  # how often an attention's probabilities are rounded when its other operands are
+
 KINDS = {
     "none": "no activation noise (the range may still be clipped)",
     "gaussian": "normal, with the recorded variance of the quantization error",
@@ -74,9 +76,12 @@ class _Level:
 class NoiseTap(nn.Module):
     """Clips to the quantizer's range and adds noise, in training mode and while ``on``; else the identity."""
 
-    def __init__(self, levels: Sequence[_Level | None], owner: ActivationNoise, whole: bool = False) -> None:
+    def __init__(
+        self, levels: Sequence[_Level | None], owner: ActivationNoise, *, whole: bool = False, inner: bool = False
+    ) -> None:
         super().__init__()
         self.whole = whole  # a weight made from parameters is measured whole: it has a scale for every channel
+        self.inner = inner  # the probabilities of an attention, which its fused kernel does not show
         self.levels = levels
         self.level = next(level for level in levels if level is not None)
         self.owner = owner
@@ -154,8 +159,8 @@ class ActivationNoise(Ingredient):
         kind: a key of ``KINDS``.
         gain: the noise's standard deviation as a multiple of the recorded one (``residual`` has none).
         clip: clip to the quantizer's range first, so that training meets the clipping, too, and not only the rounding.
-        part: share of the layers that ``residual`` rounds at a time; the operands of a fused
-            attention are rounded together and half as often, because it has to be spelled out for it.
+        part: share of the layers that ``residual`` rounds at a time; an attention's probabilities a fifth as often,
+            because the fused kernel has to be spelled out for them, which costs several times as much.
         nonzero_only: leave exact zeros (the output of a ReLU) alone: a quantizer with a zero level makes no error
             there.
         start, until, share, refresh, seed: see :class:`~planish.flattening.schedule.Schedule`.
@@ -177,7 +182,6 @@ class ActivationNoise(Ingredient):
         self.measured = [-1] * len(self.assignments)  # steps of the last measurement, by scheme
         self.taps: dict[str, NoiseTap] = {}
         self.by_layer: defaultdict[str, list[NoiseTap]] = defaultdict(list)
-        self.attentions: set[str] = set()
         self.accelerator: Accelerator | None = None
 
     def active(self, run: Run) -> bool:
@@ -202,9 +206,7 @@ class ActivationNoise(Ingredient):
         )
         taps = attach(run.model, self.assignments[0].products, make)
         self.taps = {name: tap for name, tap in taps.items() if isinstance(tap, NoiseTap)}
-        # an attention is chosen as a whole: where none of its operands is rounded, it stays fused
-        self.by_layer = defaultdict(list)
-        self.attentions = {p.module for p in self.assignments[0].products if p.operator == "attention_qk"}
+        self.by_layer = defaultdict(list)  # the operands of a layer are rounded together
         for product in self.assignments[0].products:
             for site in product.sites:
                 if site.name in self.taps:
@@ -215,7 +217,10 @@ class ActivationNoise(Ingredient):
         def level(fmt: Format) -> _Level:
             return _Level(ErrorRecorder(fmt, channel_axis=site.channel_axis, nonzero_only=self.nonzero_only))
 
-        return NoiseTap([None if fmt is None else level(fmt) for fmt in formats], self, site.is_weight)
+        inner = site.slot.endswith("_probabilities")
+        return NoiseTap(
+            [None if fmt is None else level(fmt) for fmt in formats], self, whole=site.is_weight, inner=inner
+        )
 
     def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
         active = self.active(run)
@@ -231,17 +236,14 @@ class ActivationNoise(Ingredient):
         if active:
             self.pool.renew(run.step)
             if self.kind == "residual":
-                for owner, taps in self.by_layer.items():
-                    # attention that is spelled out costs several times what the fused kernel does: half as often
-                    part = self.part / 2 if owner in self.attentions else self.part
-                    chosen = self.pool.uniform() < part
+                for taps in self.by_layer.values():
+                    draw = self.pool.uniform()
                     for tap in taps:
-                        tap.chosen = chosen
-        for owner, taps in self.by_layer.items():
-            for tap in taps:
-                # a fused attention shows its operands only where it is spelled out: it waits until it is, for rounding
-                wait = self.kind == "residual" and owner in self.attentions and tap.recorder.grid is not None
-                tap.measuring = tap.on and tap.level.due and (tap.chosen or not wait)
+                        tap.chosen = draw < self.part * (INNER if tap.inner else 1.0)
+        for tap in self.taps.values():
+            # where they are to be rounded, probabilities are measured in the steps that spell the attention out for it
+            wait = tap.inner and self.kind == "residual" and tap.recorder.grid is not None
+            tap.measuring = tap.on and tap.level.due and (tap.chosen or not wait)
 
     def finish(self, run: Run) -> None:
         detach(run.model)

@@ -71,7 +71,7 @@ class FlattenSettings:
     nonzero_only: bool = True
     start: float = 0.0
     until: float = 0.9
-    share: float = 0.7
+    share: float = 0.6
     refresh: int = 40
     sam: float = 0.0
     adaptive_sam: bool = False

@@ -126,9 +126,9 @@ class ProductMode(TorchFunctionMode):
         """Whether the call belongs to the module that this mode looks after."""
         return True
 
-    def leaves_alone(self, *operators: str) -> bool:
-        """Whether nothing would happen to the operands of these products, so that a fused kernel may compute them."""
-        return False
+    def fused(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What the fused attention kernel shall be called with; ``None`` if attention has to be spelled out."""
+        return None
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -145,8 +145,8 @@ class ProductMode(TorchFunctionMode):
             call = _bind_einsum(args)
             return func(*args, **kwargs) if call is None else self.product(call)
         if func is F.scaled_dot_product_attention:
-            if self.leaves_alone("attention_qk", "attention_av"):
-                return func(*args, **kwargs)
+            if len(args) >= 3 and (operands := self.fused(*args[:3])) is not None:
+                return func(*operands, *args[3:], **kwargs)
             return attention.scaled_dot_product_attention(*args, product=self._attention_product, **kwargs)
         return attention.multi_head_attention_forward(
             *args, product=self._attention_product, linear=self._attention_linear, **kwargs

@@ -27,6 +27,11 @@ def _taps(module: nn.Module) -> Any:
     return module._modules.get(CHILD, {})
 
 
+def _idle(taps: Any, slot: str) -> bool:
+    """Whether a tensor passes this slot unseen and unchanged."""
+    return slot not in taps or getattr(taps[slot], "idle", False)
+
+
 class _Running:
     """A tapped module whose forward is running: its count of products, and the weights that it has read so far."""
 
@@ -50,12 +55,20 @@ class _OperandTaps(ProductMode):
     def mine(self) -> bool:
         return _RUNNING[-1] is self.running
 
-    def leaves_alone(self, *operators: str) -> bool:
-        if not all(getattr(tap, "idle", False) for tap in _taps(self.owner).values()):
-            return False
-        for operator in operators:  # counted all the same, so that the next call finds its own taps
-            self._key(operator)
-        return True
+    def fused(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+        taps = _taps(self.owner)
+        qk, av = self._key("attention_qk"), self._key("attention_av")
+        if not _idle(taps, f"{av}_probabilities"):  # which no fused kernel shows
+            for operator in ("attention_qk", "attention_av"):
+                self.running.calls[operator] -= 1  # spelled out, they are met again
+            return None
+
+        def tapped(slot: str, tensor: Tensor) -> Tensor:
+            return tensor if _idle(taps, slot) else taps[slot](tensor)
+
+        # a tap sees the operand as the product takes it
+        key = key if _idle(taps, f"{qk}_key") else taps[f"{qk}_key"](key.transpose(-2, -1)).transpose(-2, -1)
+        return tapped(f"{qk}_query", query), key, tapped(f"{av}_value", value)
 
     def product(self, call: Call) -> Any:
         key = self._key(call.signature.operator)
@@ -126,7 +139,7 @@ def attach(
 ) -> dict[str, nn.Module]:
     """Put ``make_tap(site)`` at every site of ``products``; ``None`` leaves a site alone.
 
-    A tap may have an attribute ``idle``: while it is true for all taps of a module, fused attention stays fused there.
+    A tap may have an attribute ``idle``: while it is true for an attention's probabilities, the attention stays fused.
 
     Returns:
         The taps by the name of their site. Taps that were there before are replaced.
