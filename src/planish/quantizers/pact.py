@@ -1,0 +1,78 @@
+"""PACT: an activation's clipping level is a parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planish.errors import PlanishError
+from planish.functional import Grid, fake_quantize
+from planish.quantizers.ranges import SMALLEST
+from planish.quantizers.trainable import TrainableQuantizer
+from planish.scheme import Format
+
+
+class _Clip(torch.autograd.Function):
+    """Clip to [-alpha, alpha] or [0, alpha]; alpha receives what was clipped off (PACT, equation 3)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, signed: bool) -> Tensor:
+        ctx.save_for_backward(x, alpha)
+        ctx.signed = signed
+        low = -alpha if signed else torch.zeros_like(alpha)
+        return x.clamp(low.to(x.dtype), alpha.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        x, alpha = ctx.saved_tensors
+        above, below = x >= alpha, x <= (-alpha if ctx.signed else torch.zeros_like(alpha))
+        to_alpha = torch.where(above, gradient, 0).float().sum_to_size(alpha.shape)
+        if ctx.signed:
+            to_alpha = to_alpha - torch.where(below, gradient, 0).float().sum_to_size(alpha.shape)
+        return torch.where(above | below, 0, gradient), to_alpha, None
+
+
+class PACTQuantizer(TrainableQuantizer):
+    """PACT (Choi et al. 2018, arXiv 1805.06085): clip at a learned ``alpha``, then round to a uniform grid.
+
+    For inputs that are never negative the range is [0, alpha], as in the paper; for others it is [-alpha, alpha]. The
+    format has one scale for the tensor. ``alpha`` starts at ``start``, or at the end of the calibrated range if that
+    is None (the paper starts at 10 and trains from scratch; a trained network would first have to come down from it).
+    """
+
+    signed: Tensor
+
+    def __init__(self, format: Format, *, channel_axis: int = 0, start: float | None = None) -> None:
+        super().__init__(format, channel_axis=channel_axis)
+        if start is not None and start <= 0:
+            raise PlanishError(f"PACT's clipping level starts at {start}: it is positive")
+        self.start = start
+        self.alpha = nn.Parameter(torch.ones(()))
+        self.register_buffer("signed", torch.zeros((), dtype=torch.bool))
+
+    @torch.no_grad()
+    def initialize(self, x: Tensor, grid: Grid) -> None:
+        if grid.scale.numel() != 1:
+            raise PlanishError("PACT has one clipping level for the whole tensor: use granularity tensor")
+        self.signed.fill_(bool((x < 0).any()))
+        ends = torch.tensor([grid.qmin, grid.qmax], device=grid.scale.device) - grid.zero_point
+        widest = (ends.abs().max() if self.signed else ends.max()) * grid.scale
+        self.alpha.data = (widest if self.start is None else torch.full_like(widest, self.start)).float().reshape(())
+
+    @property
+    def grid(self) -> Grid:
+        f, alpha = self.format, self.alpha.detach().clamp(min=SMALLEST)
+        levels = f.qmax - f.qmin
+        middle = (levels + 1) // 2 + f.qmin
+        scale = torch.where(self.signed, 2 * alpha / levels, alpha / levels)
+        return Grid(scale, torch.where(self.signed, float(middle), float(f.qmin)), f.qmin, f.qmax, f.offset)
+
+    def forward(self, x: Tensor) -> Tensor:
+        clipped = _Clip.apply(x, self.alpha, bool(self.signed))
+        return fake_quantize(x.detach(), self.grid) + (clipped - clipped.detach())  # the gradient is the clip's
+
+    @torch.no_grad()
+    def keep_valid(self) -> None:
+        self.alpha.clamp_(min=SMALLEST)

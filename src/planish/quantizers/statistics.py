@@ -1,0 +1,55 @@
+"""StatsQ: the scale of a weight is a statistic of it, and nothing is learned."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from planish.errors import PlanishError
+from planish.functional import Grid, fake_quantize
+from planish.quantizers.ranges import SMALLEST
+from planish.quantizers.trainable import TrainableQuantizer
+
+
+def statistics_scale(weight: Tensor, channel_axis: int, levels: int) -> Tensor:
+    """``2 alpha / levels`` with ``alpha = 2 mean|w|`` over each output channel; broadcasts against the weight."""
+    shape = [n if d == channel_axis % weight.dim() else 1 for d, n in enumerate(weight.shape)]
+    count = weight.numel() // weight.shape[channel_axis]
+    alpha = 2 * weight.detach().float().abs().sum_to_size(shape) / count
+    return (2 * alpha / levels).clamp(min=SMALLEST)
+
+
+class StatsQuantizer(TrainableQuantizer):
+    """StatsQ (Liu et al. 2023, arXiv 2302.02210): levels ``alpha (k + 1/2) / n``, ``k`` from -n to n - 1, n = 2^(b-1).
+
+    ``alpha = 2 mean|w|`` of each output channel is computed anew at every forward pass and gets no gradient; the
+    gradient of the weight is the identity everywhere, outside the range too. The levels are the half-integer grid: an
+    even number of them, none at zero. For 4 bits and fewer: at 8 bits the clip at alpha dominates the error.
+
+    ``trainable`` (0 to 1, of the weight's shape) holds the gradient back where it is 0; see
+    :class:`planish.qat.annealing.ConfidenceGuidedAnnealing`.
+    """
+
+    trainable: Tensor | None = None
+
+    def initialize(self, x: Tensor, grid: Grid) -> None:
+        if not self.format.half_integer:
+            raise PlanishError("StatsQ has no level at zero: its format has to be half-integer")
+        self.latest = x.detach()
+
+    def _grid(self, weight: Tensor) -> Grid:
+        f = self.format
+        scale = statistics_scale(weight, self.channel_axis, f.qmax - f.qmin + 1)
+        return Grid(scale, torch.zeros_like(scale), f.qmin, f.qmax, f.offset)
+
+    @property
+    def grid(self) -> Grid:
+        return self._grid(self.latest)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.latest = x.detach()
+        rounded = fake_quantize(self.latest, self._grid(self.latest))
+        if not (torch.is_grad_enabled() and x.requires_grad):
+            return rounded
+        moved = x - x.detach()  # zero, and the way of the gradient
+        return rounded + (moved if self.trainable is None else moved * self.trainable)
