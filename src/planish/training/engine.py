@@ -11,6 +11,7 @@ from accelerate.utils import DataLoaderConfiguration
 from torch import nn
 
 from planish.errors import PlanishError
+from planish.network.taps import CHILD
 
 if TYPE_CHECKING:
     from planish.training.loop import TrainingSettings
@@ -39,6 +40,20 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return ((seed * 1_000_003 + step) * 65_537 + rank + 1) & (2**63 - 1)
 
 
+def begin_epoch(loader: Any, epoch: int, seed: int) -> None:
+    """Make the next iteration of a loader that of one epoch, whatever was read from it or drawn before."""
+    # A stock shuffling sampler draws from the global generator or from its own: both begin anew with the epoch.
+    torch.manual_seed(step_seed(seed, -1 - epoch))
+    sampler = loader
+    while inner := getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None):
+        sampler = inner
+    if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
+        generator.manual_seed(step_seed(seed, -1 - epoch))
+    for target in (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
+        if target is not None and hasattr(target, "set_epoch"):
+            target.set_epoch(epoch)
+
+
 def equalize_buffers(model: nn.Module, accelerator: Accelerator) -> None:
     """Give every process the buffers of the first (BatchNorm statistics are of each process's own batches)."""
     if accelerator.num_processes > 1:
@@ -47,7 +62,10 @@ def equalize_buffers(model: nn.Module, accelerator: Accelerator) -> None:
 
 
 def make_optimizer(model: nn.Module, settings: TrainingSettings) -> tuple[torch.optim.Optimizer, float]:
-    """The optimizer and its peak learning rate; weight decay on tensors of two or more dimensions only."""
+    """The optimizer and its peak learning rate; weight decay on tensors of two or more dimensions only.
+
+    A group's ``share`` is what it gets of the learning rate of a step.
+    """
     name = settings.optimizer
     if name == "auto":
         batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
@@ -57,10 +75,13 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> tuple[torch.
     default_lr, default_decay = _DEFAULTS[name]
     lr = default_lr if settings.lr is None else settings.lr
     decay = default_decay if settings.weight_decay is None else settings.weight_decay
-    trained = [p for p in model.parameters() if p.requires_grad]
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    trained = [p for n, p in named if f"{CHILD}." not in n]
     groups: list[dict[str, Any]] = [
         {"params": [p for p in trained if p.dim() > 1], "weight_decay": decay},
         {"params": [p for p in trained if p.dim() <= 1], "weight_decay": 0.0},
+        # step sizes and their like: a scale for each channel has as many dimensions as its weight, but is none
+        {"params": [p for n, p in named if f"{CHILD}." in n], "weight_decay": 0.0, "share": settings.quantizer_lr},
     ]
     groups = [group for group in groups if group["params"]]
     if not groups:

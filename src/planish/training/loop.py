@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of, split_batch, to_device
 from planish.training import checkpoint
-from planish.training.engine import equalize_buffers, make_accelerator, make_optimizer, step_seed
+from planish.training.engine import begin_epoch, equalize_buffers, make_accelerator, make_optimizer, step_seed
 from planish.training.ingredients import Ingredient
 
 
@@ -42,6 +42,7 @@ class TrainingSettings:
         freeze_batchnorm: BatchNorm normalizes by its running statistics and leaves them as they are, as it will when
             the network is used; its scales and shifts are trained. With batch statistics a network does not learn to
             bear a shifted mean, because each batch takes the shift out again.
+        quantizer_lr: learning rate of the parameters of quantizers, as a share of the others'.
         mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
         seed: of everything random in the loop.
     """
@@ -54,6 +55,7 @@ class TrainingSettings:
     final_lr: float = 0.0
     clip_norm: float | None = 1.0
     freeze_batchnorm: bool = True
+    quantizer_lr: float = 1.0
     mixed_precision: str = "no"
     seed: int = 0
 
@@ -155,7 +157,7 @@ def train(
             good = _snapshot(model)
         stepper.set_modes()
         for epoch in range(run.step // max(1, len(batches)), settings.epochs):
-            _set_epoch(batches, epoch, settings.seed)
+            begin_epoch(batches, epoch, settings.seed)
             done = run.step - epoch * len(batches)
             for batch in _skip(accelerator, batches, done) if done else batches:
                 loss = stepper(batch)
@@ -215,7 +217,7 @@ class Stepper:
         torch.manual_seed(step_seed(run.settings.seed, run.step, run.accelerator.process_index))
         lr = run.settings.learning_rate(run.step, run.steps, self.peak)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("share", 1.0)
         inputs, labels = split_batch(to_device(batch, run.accelerator.device))
         for ingredient in self.ingredients:
             ingredient.before_step(run, inputs, labels)
@@ -255,19 +257,6 @@ class Stepper:
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
-
-
-def _set_epoch(loader: Any, epoch: int, seed: int) -> None:
-    # A stock shuffling sampler draws from the global generator or from its own: both begin anew with the epoch.
-    torch.manual_seed(step_seed(seed, -1 - epoch))
-    sampler = loader
-    while inner := getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None):
-        sampler = inner
-    if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
-        generator.manual_seed(step_seed(seed, -1 - epoch))
-    for target in (loader, getattr(loader, "sampler", None), getattr(loader, "dataset", None)):
-        if target is not None and hasattr(target, "set_epoch"):
-            target.set_epoch(epoch)
 
 
 def _skip(accelerator: Accelerator, loader: Any, done: int) -> Iterable[Any]:

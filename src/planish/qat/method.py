@@ -1,0 +1,93 @@
+"""What a training method is: its quantizers, and its ingredients for the one loop."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from planish.network import Assignment, Product, Site
+from planish.quantizers import TrainableQuantizer
+from planish.scheme import Scheme
+from planish.training import Distillation, Ingredient, TaskLoss
+
+
+@dataclass
+class Context:
+    """What the ingredients of a method are made from."""
+
+    model: nn.Module  # the network in training, with its quantizers in place
+    given: nn.Module  # the network in float, as it was given: the teacher
+    plan: Assignment
+    taps: dict[str, TrainableQuantizer]  # by the name of their site
+    seed: int = 0
+    unlabelled: Iterable[Any] | None = None  # batches of images without labels
+
+    def teacher(self) -> nn.Module:
+        """A copy of the given network, for one ingredient to hold."""
+        return copy.deepcopy(self.given)
+
+    def weights(self) -> dict[str, tuple[Site, nn.Parameter, TrainableQuantizer]]:
+        """The parameters that are quantized, with their sites and quantizers."""
+        found = {}
+        for site, _ in self.plan.quantized():
+            if site.parameter:
+                owner = self.model.get_submodule(site.owner)
+                found[site.name] = (site, owner._parameters[site.slot], self.taps[site.name])
+        return found  # type: ignore[return-value]
+
+    def layers(self) -> list[Product]:
+        """The products of a quantized weight with an activation, in the order of execution."""
+        formats = self.plan.formats
+        return [p for p in self.plan.products if p.weight is not None and formats[p.weight.name] is not None]
+
+
+@dataclass(frozen=True)
+class Method:
+    """Learned step sizes, and the base of every other method; a field is an option of the method.
+
+    Attributes:
+        weights: how weights are quantized: a key of ``planish.qat.prepare.WEIGHTS``. The first and last layer, where
+            they have a width of their own, always learn their step.
+        activations: how activations are quantized: a key of ``planish.qat.prepare.ACTIVATIONS``.
+        init: where learned steps start: ``calibrated``, or ``lsq`` or ``lsq+`` for the papers' own.
+        task, label_smoothing: weight of the cross-entropy with the labels.
+        distillation, temperature: weight of the divergence from the float network's logits.
+    """
+
+    name: ClassVar[str] = "lsq"
+    summary: ClassVar[str] = "learned step sizes, zero points as calibrated"
+    paper: ClassVar[str] = "Esser et al. 2020, arXiv 1902.08153"
+
+    weights: str = "lsq"
+    activations: str = "lsq"
+    init: str = "calibrated"
+    task: float = 1.0
+    label_smoothing: float = 0.0
+    distillation: float = 0.0
+    temperature: float = 1.0
+    pull: float = field(default=0.0, metadata={"help": "EWGS"})
+
+    def adapt(self, scheme: Scheme) -> Scheme:
+        """The scheme with the grids that the method's quantizers have."""
+        if self.weights == "statsq":
+            return replace(scheme, weights=replace(scheme.weights, symmetric=True, half_integer=True))
+        if self.weights == "dorefa":
+            weights = replace(scheme.weights, symmetric=True, half_integer=True, granularity="tensor")
+            return replace(scheme, weights=weights)
+        return scheme
+
+    def restructure(self, model: nn.Module) -> None:
+        """Rebuild parts of the network, in place, before it is watched and quantized."""
+
+    def ingredients(self, context: Context) -> list[Ingredient]:
+        """What is minimised, and what else happens in a step."""
+        parts: list[Ingredient] = []
+        if self.task:
+            parts.append(TaskLoss(self.task, self.label_smoothing))
+        if self.distillation:
+            parts.append(Distillation(context.teacher(), self.distillation, self.temperature))
+        return parts
