@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from planish.errors import PlanishError
+from planish.qat.fpq import FPQ
+from planish.qat.mec import MEC
 from planish.qat.method import Method
 
 
@@ -56,7 +58,7 @@ class KD(Method):
     temperature: float = 1.0
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Method, LSQPlus, PACT, DoReFa, KD)}
+METHODS: dict[str, type[Method]] = {method.name: method for method in (Method, LSQPlus, PACT, DoReFa, KD, FPQ, MEC)}
 
 
 def get_method(name: str) -> Method:

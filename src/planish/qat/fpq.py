@@ -1,0 +1,167 @@
+"""FPQ: features are perturbed at random while the network is trained, and matched with the float network's.
+
+"Feature-Perturbed Quantization" (Pang et al. 2025, arXiv 2503.11159). The base is LSQ with fixed zero points.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from planish.errors import PlanishError
+from planish.network.batches import call_model
+from planish.qat.features import Outputs, layer_paths
+from planish.qat.method import Context, Method
+from planish.quantizers import TrainableQuantizer
+from planish.training import Ingredient
+from planish.training.loop import Run
+
+POSITIONS = ("after", "before")
+REDUCTIONS = ("mean", "batch-mean", "sum")
+EPS = 1e-5
+
+
+def perturb(x: Tensor, step: Tensor) -> Tensor:
+    """``x + d`` with ``d ~ U[-step/2, step/2]`` for every element (section 3.2); no gradient reaches the step."""
+    noise = torch.rand_like(x, dtype=torch.float32).sub_(0.5).mul_(step.detach())
+    return x + noise.to(x.dtype)
+
+
+class FeaturePerturbation(Ingredient):
+    """Adds noise as large as the rounding error to the input of a layer, with probability ``p`` (SFP, section 3.2).
+
+    One draw decides for the whole tensor of a layer. With every layer perturbed at once the mean of the accumulated
+    noise is not zero (proposition 1), hence the gate.
+
+    Args:
+        taps: the quantizers of the layers' inputs.
+        p: probability, for each layer and forward pass.
+        position: ``"after"`` or ``"before"`` the quantizer. Before it, Q(x + d) is stochastic rounding: unbiased inside
+            the range, at twice the variance of rounding to nearest.
+    """
+
+    def __init__(self, taps: Mapping[str, TrainableQuantizer], p: float = 0.1, position: str = "after") -> None:
+        if not 0 <= p <= 1:
+            raise PlanishError(f"the probability of a feature perturbation is {p}: it lies in [0, 1]")
+        if position not in POSITIONS:
+            raise PlanishError(f"features are perturbed {position!r} the quantizer: choose {' or '.join(POSITIONS)}")
+        self.taps, self.p, self.position = dict(taps), p, position
+        self.handles: list[Any] = []
+
+    def start(self, run: Run) -> None:
+        for tap in self.taps.values() if self.p else ():
+            if self.position == "before":
+                self.handles.append(tap.register_forward_pre_hook(lambda tap, args: self._on(tap, args[0])))
+            else:
+                self.handles.append(tap.register_forward_hook(lambda tap, args, out: self._on(tap, out)))
+
+    def _on(self, tap: Any, x: Tensor) -> Tensor:
+        if not tap.training or torch.rand(()) >= self.p:  # drawn on the CPU, so that no device has to be waited for
+            return x
+        return perturb(x, tap.grid.scale)
+
+    def finish(self, run: Run) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles = []
+
+
+def standardize(z: Tensor, eps: float = EPS) -> Tensor:
+    """Each channel with mean 0 and variance 1 over everything else: channels are the second dimension of (N, C, H, W)
+    and the last of (N, C) and (N, tokens, C)."""
+    dims = (0, 2, 3) if z.dim() == 4 else tuple(range(z.dim() - 1))
+    mean = z.mean(dims, keepdim=True)
+    centred = z - mean
+    return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def standardized_distance(student: Tensor, teacher: Tensor, reduction: str = "mean") -> Tensor:
+    """``|| standardize(teacher) - standardize(student) ||^2``, summed (CSD, section 3.3), or its mean.
+
+    The sum is ``2 M sum_c (1 - rho_c)``, with rho_c the Pearson correlation of channel c and M its number of values; so
+    the mean lies in [0, 4]. ``"batch-mean"`` divides the sum by the number of images.
+    """
+    squared = (standardize(teacher.float()) - standardize(student.float())).square()
+    if reduction == "sum":
+        return squared.sum()
+    return squared.mean() if reduction == "mean" else squared.sum() / len(squared)
+
+
+class ChannelStandardizedDistillation(Ingredient):
+    """``weight`` times the distance of the standardized outputs of every quantized layer from the float network's.
+
+    Args:
+        teacher: the network in float; it is frozen.
+        layers: paths of the layers, in both networks.
+        reduction: how a layer's distance is reduced, see :func:`standardized_distance`. The paper's formula is the
+            sum, which outweighs the cross-entropy by orders of magnitude; with ``"mean"`` the layers are averaged, too.
+    """
+
+    def __init__(self, teacher: nn.Module, layers: list[str], weight: float = 1.0, reduction: str = "mean") -> None:
+        if reduction not in REDUCTIONS:
+            raise PlanishError(f"the reduction of the distillation is {reduction!r}: choose {', '.join(REDUCTIONS)}")
+        self.teacher = teacher.eval().requires_grad_(False)
+        self.layers, self.weight, self.reduction = layers, weight, reduction
+
+    def start(self, run: Run) -> None:
+        self.ours, self.theirs = Outputs(run.model, self.layers), Outputs(self.teacher, self.layers)
+        self.target: dict[str, Tensor] = {}
+
+    def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
+        with torch.no_grad(), run.accelerator.autocast():
+            call_model(self.teacher, inputs)
+        self.target = self.theirs.take()
+        self.ours.take()
+
+    def loss(self, run: Run, inputs: Any, labels: Tensor | None, logits: Tensor) -> Tensor | None:
+        seen = self.ours.take()
+        distances = [
+            standardized_distance(seen[path], self.target[path], self.reduction)
+            for path in self.layers
+            if path in seen and path in self.target
+        ]
+        if not distances:
+            raise PlanishError("no quantized linear layer or convolution was run, so there is nothing to distil from")
+        total = torch.stack(distances).sum()
+        return self.weight * (total / len(distances) if self.reduction == "mean" else total)
+
+    def finish(self, run: Run) -> None:
+        self.ours.remove()
+        self.theirs.remove()
+        self.target = {}
+
+
+@dataclass(frozen=True)
+class FPQ(Method):
+    """Feature perturbation and channel-wise standardized distillation over LSQ.
+
+    Attributes:
+        p: probability with which the input of a layer is perturbed (the paper's best of 0 to 1 is 0.1).
+        position: perturb ``after`` or ``before`` the quantizer of the input.
+        csd: weight of the distillation; 0 for none.
+        reduction: ``mean``, ``batch-mean`` or ``sum`` (the paper's formula).
+    """
+
+    name: ClassVar[str] = "fpq"
+    summary: ClassVar[str] = "perturbed features, and distillation of standardized channels"
+    paper: ClassVar[str] = "Pang et al. 2025, arXiv 2503.11159"
+
+    p: float = 0.1
+    position: str = "after"
+    csd: float = 1.0
+    reduction: str = "mean"
+
+    def ingredients(self, context: Context) -> list[Ingredient]:
+        layers = context.layers()
+        inputs = [s.name for product in layers for s in product.sites if s.role == "input" and s.name in context.taps]
+        parts = super().ingredients(context)
+        if self.csd:
+            paths = layer_paths(context.model, layers)
+            parts.append(ChannelStandardizedDistillation(context.teacher(), paths, self.csd, self.reduction))
+        if self.p:
+            parts.append(FeaturePerturbation({n: context.taps[n] for n in inputs}, self.p, self.position))
+        return parts
