@@ -53,19 +53,19 @@ def logits_of(output: Any) -> Tensor:
 
 def to_device(inputs: Any, device: Any) -> Any:
     """Every tensor in the inputs, moved."""
-    return _map_tensors(inputs, lambda tensor: tensor.to(device))
+    return map_tensors(inputs, lambda tensor: tensor.to(device))
 
 
 def first_image(inputs: Any) -> Any:
     """The inputs with a batch of one."""
-    return _map_tensors(inputs, lambda tensor: tensor[:1])
+    return map_tensors(inputs, lambda tensor: tensor[:1])
 
 
-def _map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(inputs, Tensor):
         return function(inputs)
     if isinstance(inputs, Mapping):
-        return {key: _map_tensors(value, function) for key, value in inputs.items()}
+        return {key: map_tensors(value, function) for key, value in inputs.items()}
     if isinstance(inputs, (tuple, list)):
-        return type(inputs)(_map_tensors(value, function) for value in inputs)
+        return type(inputs)(map_tensors(value, function) for value in inputs)
     return inputs

@@ -95,7 +95,8 @@ def train_quantized(
     plan = _plan(student, method, scheme, batches[0], allow)
     taps = insert_quantizers(student, batches, plan, method)
     context = Context(student, teacher, plan, taps, training.seed, unlabelled)
-    ingredients = [*method.ingredients(context), *extra, Upkeep(taps)]
+    # the upkeep comes first: what others see after a step is valid
+    ingredients = [Upkeep(taps), *method.ingredients(context), *extra]
     if settings.averaging is not None:
         ingredients.append(Averaging(settings.averaging))
     train(
