@@ -4,6 +4,7 @@ from planish.network.coverage import Assignment, assign, check_covered
 from planish.network.folding import fold_batchnorm
 from planish.network.ledger import Ledger, ledger
 from planish.network.norms import reestimate_batchnorm
+from planish.network.query_key import reparameterize_query_key
 from planish.network.sites import Product, Site, Watched, watch
 from planish.network.taps import attach, detach, taps_of
 
@@ -20,6 +21,7 @@ __all__ = [
     "fold_batchnorm",
     "ledger",
     "reestimate_batchnorm",
+    "reparameterize_query_key",
     "taps_of",
     "watch",
 ]

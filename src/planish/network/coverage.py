@@ -54,6 +54,18 @@ def _weight_format(site: Site, weights: Format) -> Format:
     return weights
 
 
+def _activation_format(product: Product, site: Site, activations: Format | None) -> Format | None:
+    """A scale for each token, where dimension -2 holds tokens; elsewhere one scale.
+
+    It holds the rows of an image in a convolution's input, the batch in a pooled feature, and features in a key, which
+    its product takes transposed.
+    """
+    if activations is None or activations.granularity != "token":
+        return activations
+    tokens = len(site.shape) > 2 and not product.operator.startswith("conv") and not site.slot.endswith("_key")
+    return activations if tokens else replace(activations, granularity="tensor")
+
+
 def assign(watched: Watched, scheme: Scheme | str, *, allow: Iterable[str] = ()) -> Assignment:
     """Give every site of a watched model its format.
 
@@ -86,5 +98,8 @@ def assign(watched: Watched, scheme: Scheme | str, *, allow: Iterable[str] = ())
             continue
         chosen = scheme.edge() if product.name in edges else scheme
         for site in product.sites:
-            formats[site.name] = _weight_format(site, chosen.weights) if site.is_weight else chosen.activations
+            if site.is_weight:
+                formats[site.name] = _weight_format(site, chosen.weights)
+            else:
+                formats[site.name] = _activation_format(product, site, chosen.activations)
     return Assignment(scheme, tuple(watched.products), formats, tuple(allowed))

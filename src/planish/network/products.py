@@ -9,7 +9,8 @@ is an operand like any other.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,6 +117,26 @@ def _output_axis(term: str, kept: set[str], counts: Counter[str]) -> int | None:
     return own[-1] if own else None
 
 
+_preparing = 0
+
+
+@contextmanager
+def preparing_weights() -> Iterator[None]:
+    """Products inside make a weight out of weights. They are computed once when the network is shipped, so they are no
+    products of the network: nothing records or taps them."""
+    global _preparing
+    _preparing += 1
+    try:
+        yield
+    finally:
+        _preparing -= 1
+
+
+def prepares_weights() -> bool:
+    """Whether a weight is being made."""
+    return _preparing > 0
+
+
 class ProductMode(TorchFunctionMode):
     """Calls :meth:`product` for every matrix product that is computed while the mode is active."""
 
@@ -137,7 +158,7 @@ class ProductMode(TorchFunctionMode):
         signature = SIGNATURES.get(func)
         if signature is None and func not in _COMPOSITE:
             return func(*args, **kwargs)
-        if not self.mine():
+        if prepares_weights() or not self.mine():
             return func(*args, **kwargs)
         if signature is not None:
             return self.product(_bind(func, signature, args, kwargs))

@@ -80,6 +80,11 @@ class Method:
             return replace(scheme, weights=weights)
         return scheme
 
+    @property
+    def averaging_until(self) -> float:
+        """The share of the run after which weights are no longer averaged; 0: they are not averaged at all."""
+        return 1.0
+
     def restructure(self, model: nn.Module) -> None:
         """Rebuild parts of the network, in place, before it is watched and quantized."""
 

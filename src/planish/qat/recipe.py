@@ -97,8 +97,8 @@ def train_quantized(
     context = Context(student, teacher, plan, taps, training.seed, unlabelled)
     # the upkeep comes first: what others see after a step is valid
     ingredients = [Upkeep(taps), *method.ingredients(context), *extra]
-    if settings.averaging is not None:
-        ingredients.append(Averaging(settings.averaging))
+    if settings.averaging is not None and method.averaging_until > 0:
+        ingredients.append(Averaging(settings.averaging, until=method.averaging_until))
     train(
         student, loader, ingredients, training, accelerator=accelerator, checkpoint_dir=checkpoint_dir, resume=resume,
         progress=progress, log=log, should_stop=should_stop,

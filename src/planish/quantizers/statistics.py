@@ -19,6 +19,13 @@ def statistics_scale(weight: Tensor, channel_axis: int, levels: int) -> Tensor:
     return (2 * alpha / levels).clamp(min=SMALLEST)
 
 
+def near_threshold(weight: Tensor, grid: Grid, band: float) -> Tensor:
+    """Where a weight is within ``band`` steps of the threshold between two levels of its grid."""
+    codes = weight.detach().float() / grid.scale - grid.offset + grid.zero_point
+    threshold = codes.floor().clamp(grid.qmin, grid.qmax - 1) + 0.5
+    return (codes - threshold).abs() <= band
+
+
 class StatsQuantizer(TrainableQuantizer):
     """StatsQ (Liu et al. 2023, arXiv 2302.02210): levels ``alpha (k + 1/2) / n``, ``k`` from -n to n - 1, n = 2^(b-1).
 
@@ -26,11 +33,11 @@ class StatsQuantizer(TrainableQuantizer):
     gradient of the weight is the identity everywhere, outside the range too. The levels are the half-integer grid: an
     even number of them, none at zero. For 4 bits and fewer: at 8 bits the clip at alpha dominates the error.
 
-    ``trainable`` (0 to 1, of the weight's shape) holds the gradient back where it is 0; see
+    With a ``band`` the gradient reaches only weights that lie within it of a threshold, in steps of the grid; see
     :class:`planish.qat.annealing.ConfidenceGuidedAnnealing`.
     """
 
-    trainable: Tensor | None = None
+    band: float | None = None
 
     def initialize(self, x: Tensor, grid: Grid) -> None:
         if not self.format.half_integer:
@@ -48,8 +55,11 @@ class StatsQuantizer(TrainableQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         self.latest = x.detach()
-        rounded = fake_quantize(self.latest, self._grid(self.latest))
+        grid = self._grid(self.latest)
+        rounded = fake_quantize(self.latest, grid)
         if not (torch.is_grad_enabled() and x.requires_grad):
             return rounded
         moved = x - x.detach()  # zero, and the way of the gradient
-        return rounded + (moved if self.trainable is None else moved * self.trainable)
+        if self.band is not None:
+            moved = moved * near_threshold(self.latest, grid, self.band)
+        return rounded + moved

@@ -19,43 +19,51 @@ class Averaging(Ingredient):
     after n updates, so that a short run is not dominated by where it began. ``decay=None``: the equal average of all
     weights since ``start`` (SWA, Izmailov et al. 2018, arXiv 1803.05407), taken every step.
 
+    ``until`` a share of the run: there the average becomes the weights, and training goes on from it without one.
+
     BatchNorm statistics of the average are to be re-estimated afterwards; buffers are left as trained.
     """
 
-    def __init__(self, decay: float | None = 0.998, start: float = 0.0) -> None:
+    def __init__(self, decay: float | None = 0.998, start: float = 0.0, until: float = 1.0) -> None:
         if decay is not None and not 0 < decay < 1:
             raise PlanishError(
                 f"the averaging decay is {decay}: it lies between 0 and 1, or is None for an equal average"
             )
         if not 0 <= start < 1:
             raise PlanishError(f"averaging starts at {start} of the run: give a share of the steps in [0, 1)")
-        self.decay, self.begin, self.count = decay, start, 0
+        if not start < until <= 1:
+            raise PlanishError(f"averaging goes from {start} until {until} of the run: give start < until <= 1")
+        self.decay, self.begin, self.until, self.count = decay, start, until, 0
+        self.over = False
         self.average: list[Tensor] = []
 
     def _weights(self, run: Run) -> list[Tensor]:
         return [p.detach() for p in run.model.parameters() if p.requires_grad]
 
     def start(self, run: Run) -> None:
-        self.count = 0
+        self.count, self.over = 0, False
         self.average = [w.clone() for w in self._weights(run)]
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        if run.progress < self.begin:
+        if run.progress < self.begin or self.over:
             return
         self.count += 1
         rate = 1 / self.count if self.decay is None else 1 - min(self.decay, (1 + self.count) / (10 + self.count))
         torch._foreach_lerp_(self.average, self._weights(run), rate)
+        if self.until < 1 and (run.step + 1) / run.steps >= self.until:
+            self.over = True
+            torch._foreach_copy_(self._weights(run), self.average)
 
     @torch.no_grad()
     def finish(self, run: Run) -> None:
-        if not run.failed and self.count:
+        if not run.failed and self.count and not self.over:
             torch._foreach_copy_(self._weights(run), self.average)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"count": self.count, "average": self.average}
+        return {"count": self.count, "average": self.average, "over": self.over}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
+        self.count, self.over = state["count"], state.get("over", False)
         for mine, saved in zip(self.average, state["average"], strict=True):
             mine.copy_(saved)
