@@ -11,8 +11,9 @@ import pytest
 import planish
 
 NAMES = [
-    "FlattenSettings", "Format", "PlanishError", "Preprocessing", "Scheme", "TrainingSettings", "__version__",
-    "calibration_subset", "evaluate", "flatten", "ledger", "load_data", "load_model", "make_loader", "quantize",
+    "FlattenSettings", "Format", "PlanishError", "Preprocessing", "QATSettings", "Scheme", "TrainingSettings",
+    "__version__", "calibration_subset", "evaluate", "flatten", "ledger", "load_data", "load_model", "make_loader",
+    "quantize", "train",
 ]  # fmt: skip
 
 

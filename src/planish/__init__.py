@@ -21,7 +21,9 @@ _WHERE = {
     "load_data": "planish.data",
     "load_model": "planish.models",
     "make_loader": "planish.data",
+    "QATSettings": "planish.qat",
     "quantize": "planish.ptq",
+    "train": "planish.qat",
     "TrainingSettings": "planish.training",
 }
 __all__ = sorted([*_WHERE, "__version__"])
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from planish.models import Preprocessing, load_model
     from planish.network import ledger
     from planish.ptq import quantize
+    from planish.qat import QATSettings, train
     from planish.scheme import Format, Scheme
     from planish.training import TrainingSettings
 

@@ -114,7 +114,7 @@ def planish(capsys):
 
 ZYGOTE = """
 import json, os, signal, sys
-import planish.cli.flatten, planish.cli.run
+import planish.cli.flatten, planish.cli.run, planish.cli.train
 from planish.cli.main import entry
 import torch
 torch.set_num_threads(1)

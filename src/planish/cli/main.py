@@ -57,7 +57,7 @@ def _parse(arguments: list[str]) -> Any:
     from planish.cli import options
 
     commands: dict[str, Any] = {
-        "run": options.Run, "flatten": options.Flatten, "quantize": options.Quantize,
+        "run": options.Run, "flatten": options.Flatten, "quantize": options.Quantize, "train": options.Train,
         "evaluate": options.Evaluate, "methods": options.Methods,
     }  # fmt: skip
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)

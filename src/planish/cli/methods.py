@@ -5,24 +5,43 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
+from dataclasses import fields
 
 from planish.cli.options import Methods
 from planish.flattening.activation_noise import KINDS as ACTIVATION_KINDS
 from planish.flattening.weight_noise import KINDS as WEIGHT_KINDS
 from planish.ptq import METHODS
+from planish.qat import METHODS as TRAINING
+from planish.qat import get_method
+from planish.qat.options import option_docs
 from planish.recipes.arms import ARMS
 
 
 def execute(command: Methods) -> None:
     """Print every method, arm and kind of noise: its name, one sentence, and where it comes from."""
+    if command.name:
+        _options(command.name)
+        return
     groups: dict[str, list[tuple[str, str, str]]] = {
         "quantization methods (--methods, --method)": [(m.name, m.summary, m.paper) for m in METHODS.values()],
+        "training methods (planish train --method)": [(m.name, m.summary, m.paper) for m in TRAINING.values()],
         "arms (--arms)": [(arm.name, arm.summary, arm.paper) for arm in ARMS.values()],
         "weight noise of the flat arm (--weight-noise)": [(k, text, "") for k, text in WEIGHT_KINDS.items()],
         "activation noise of the flat arm (--activation-noise)": [
             (k, text, "") for k, text in ACTIVATION_KINDS.items()
         ],
     }
+    _print(groups)
+
+
+def _options(name: str) -> None:
+    method = get_method(name)
+    documented = option_docs(type(method))
+    entries = [(f"{f.name}={getattr(method, f.name)}", documented.get(f.name, ""), "") for f in fields(method)]
+    _print({f"{method.name}: {method.summary} [{method.paper}]": entries})
+
+
+def _print(groups: dict[str, list[tuple[str, str, str]]]) -> None:
     names = max(len(name) for entries in groups.values() for name, _, _ in entries)
     width = max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 0
     for i, (heading, entries) in enumerate(groups.items()):

@@ -64,6 +64,33 @@ class Quantize:
 
 
 @dataclass(frozen=True)
+class Train:
+    """Train the quantized network itself, and write it as a quantized model with its protocol beside it."""
+
+    network: Positional[Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]] = ""
+    """the same as --model: vit or convnet (embedded), a timm name, or file.py:function"""
+    scheme: str = "w4a4"
+    """bits of weights and activations, such as w2a4"""
+    method: str = "lsq"
+    """`planish methods` lists them"""
+    option: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE [NAME=VALUE ...]", help_behavior_hint="")] = ()
+    """options of the method; `planish methods METHOD` lists them"""
+    start: str = "given"
+    """given, flat (flattened first), or a file that planish quantize wrote"""
+    flat_epochs: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
+    """of --epochs, those that go into flattening with --start flat; default: half of them"""
+    unlabelled: OptionalPath = None
+    """folder of images without labels, for a method that takes them (cr)"""
+    out: Path = Path("trained.safetensors")
+    """file for the quantized model; its protocol goes into a .json file beside it"""
+    overwrite: bool = False
+    """replace the file if it is there"""
+    models: ModelOptions = field(default_factory=ModelOptions)
+    train: TrainOptions = field(default_factory=TrainOptions)
+    quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+
+
+@dataclass(frozen=True)
 class Evaluate:
     """Measure a network, float or quantized, on the test images: top-1, NLL, calibration error, flips."""
 
@@ -76,4 +103,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Methods:
-    """List every method with its paper."""
+    """List every method with its paper, or the options of one training method."""
+
+    name: Positional[Annotated[str, arg(metavar="METHOD", help_behavior_hint="")]] = ""
+    """a training method, whose options are listed"""

@@ -4,6 +4,7 @@ from planish.data.arrays import BatchedTensorDataset
 from planish.data.folder import FolderImages
 from planish.data.load import EMBEDDED, ImageData, load_data
 from planish.data.loader import calibration_subset, collate, make_loader, set_epoch
+from planish.data.unlabelled import load_unlabelled
 
 __all__ = [
     "EMBEDDED",
@@ -13,6 +14,7 @@ __all__ = [
     "calibration_subset",
     "collate",
     "load_data",
+    "load_unlabelled",
     "make_loader",
     "set_epoch",
 ]

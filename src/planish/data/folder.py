@@ -106,16 +106,22 @@ def list_classes(root: Path) -> Listing:
     """
     listing = Listing(root, {})
     for folder in _visible_folders(root):
-        found = []
-        for parent, folders, names in os.walk(folder):
-            folders.sort()
-            for name in sorted(n for n in names if not n.startswith(".")):
-                if Path(name).suffix.lower() in EXTENSIONS:
-                    found.append(Path(parent, name))
-                else:
-                    listing.other += 1
-        listing.files[folder.name] = found
+        listing.files[folder.name], other = list_images(folder)
+        listing.other += other
     return listing
+
+
+def list_images(folder: Path) -> tuple[list[Path], int]:
+    """The image files below a folder, sorted by name, hidden ones left out; and how many other files there are."""
+    found, other = [], 0
+    for parent, folders, names in os.walk(folder):
+        folders.sort()
+        for name in sorted(n for n in names if not n.startswith(".")):
+            if Path(name).suffix.lower() in EXTENSIONS:
+                found.append(Path(parent, name))
+            else:
+                other += 1
+    return found, other
 
 
 def find_splits(root: Path) -> tuple[Listing, Listing | None]:

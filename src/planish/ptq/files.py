@@ -20,8 +20,10 @@ from torch import nn
 from planish.errors import PlanishError
 from planish.models import build, preprocessing_from, read_weights, save_weights
 from planish.models.preprocessing import Preprocessing
-from planish.network import Assignment, assign, attach, watch
-from planish.quantizers import UniformQuantizer
+from planish.network import Assignment, Site, assign, attach, reparameterize_query_key, watch
+from planish.network.query_key import NAME, is_reparameterized
+from planish.network.taps import CHILD
+from planish.quantizers import ShiftedQuantizer, UniformQuantizer
 from planish.scheme import Format, Scheme
 
 VERSION = 0
@@ -49,6 +51,7 @@ def save_quantized(
         raise PlanishError("only a model that planish.quantize gave back can be saved as a quantized model")
     head = {
         "version": VERSION, "recipe": dict(recipe), "preprocessing": preprocessing.to_dict(),
+        "rebuilt": [NAME] if is_reparameterized(model) else [],
         "scheme": asdict(plan.scheme), "allow": [escape(product.name) for product in plan.allowed],
         "protocol": dict(protocol),
     }  # fmt: skip
@@ -84,15 +87,21 @@ def load_quantized(path: Path, *, trust: bool = False) -> tuple[nn.Module, dict[
             f"give trust=True to run the code in it"
         )
     model = build(recipe, trust=trust).eval()
+    if NAME in head.get("rebuilt", ()):
+        reparameterize_query_key(model)
     example = torch.zeros(1, *preprocessing.input_size)
     plan = assign(watch(model, example), scheme, allow=allow)
     _add_biases(model, state)
     formats = {site.name: fmt for site, fmt in plan.quantized()}
-    attach(
-        model, plan.products,
-        lambda site: UniformQuantizer(formats[site.name], channel_axis=site.channel_axis or 0)
-        if site.name in formats else None,
-    )  # fmt: skip
+
+    def tap(site: Site) -> nn.Module | None:
+        if site.name not in formats:
+            return None
+        prefix = ".".join(part for part in (site.owner, CHILD, site.slot) if part)
+        kind = ShiftedQuantizer if f"{prefix}.before" in state else UniformQuantizer
+        return kind(formats[site.name], channel_axis=site.channel_axis or 0)
+
+    attach(model, plan.products, tap)
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -4,4 +4,6 @@ from planish.qat.method import Context, Method
 from planish.qat.methods import METHODS, get_method
 from planish.qat.recipe import QATSettings, train_quantized
 
-__all__ = ["METHODS", "Context", "Method", "QATSettings", "get_method", "train_quantized"]
+train = train_quantized  # as `planish.train`
+
+__all__ = ["METHODS", "Context", "Method", "QATSettings", "get_method", "train", "train_quantized"]

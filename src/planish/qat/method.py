@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from torch import nn
@@ -55,7 +55,8 @@ class Method:
         activations: how activations are quantized: a key of ``planish.qat.prepare.ACTIVATIONS``.
         init: where learned steps start: ``calibrated``, or ``lsq`` or ``lsq+`` for the papers' own.
         task, label_smoothing: weight of the cross-entropy with the labels.
-        distillation, temperature: weight of the divergence from the float network's logits.
+        distillation, temperature: weight of the divergence from the float network's logits, and its temperature.
+        pull: delta of element-wise gradient scaling (EWGS); 0 for the straight-through estimator.
     """
 
     name: ClassVar[str] = "lsq"
@@ -69,7 +70,7 @@ class Method:
     label_smoothing: float = 0.0
     distillation: float = 0.0
     temperature: float = 1.0
-    pull: float = field(default=0.0, metadata={"help": "EWGS"})
+    pull: float = 0.0
 
     def adapt(self, scheme: Scheme) -> Scheme:
         """The scheme with the grids that the method's quantizers have."""

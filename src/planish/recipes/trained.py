@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,19 @@ def train_arm(
     """
     # A finished training that is resumed runs no epoch any more; what follows it is to see the last epoch's order.
     set_epoch(material.train, settings.training.epochs - 1)
+    with stop.gently(), keeping(last_good, checkpoint):
+        return flatten(
+            material.loaded.model, material.train, schemes, settings=settings, allow=allow,
+            checkpoint_dir=checkpoint, resume=resume, log=log, should_stop=stop,
+            progress=lambda step, steps, loss: progress(step / steps),
+        )  # fmt: skip
+
+
+@contextmanager
+def keeping(last_good: Path, checkpoint: Path) -> Iterator[None]:
+    """Inside, a training that fails leaves its last good weights and says where."""
     try:
-        with stop.gently():
-            return flatten(
-                material.loaded.model, material.train, schemes, settings=settings, allow=allow,
-                checkpoint_dir=checkpoint, resume=resume, log=log, should_stop=stop,
-                progress=lambda step, steps, loss: progress(step / steps),
-            )  # fmt: skip
+        yield
     except TrainingFailed as error:
         save_weights(error.state_dict, last_good, {"format": "pt"})
         raise PlanishError(f"{error}; the last good weights are in {last_good}") from None

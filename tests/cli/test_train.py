@@ -1,0 +1,123 @@
+"""`planish train`: what it writes, where it starts, what it refuses, and that it goes on where it was stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from planish.ptq.files import load_quantized
+
+QUICK = ["--epochs", "2", "--calibration-images", "24"]
+
+
+def test_it_writes_what_evaluate_reads(tiny, planish, tmp_path):
+    ended = planish("train", *tiny, *QUICK, "--scheme", "w2a4", "--method", "fpq", "--option", "p=0.3", "csd=2")
+    assert ended.status == 0, ended.err
+    for line in ("float: top-1", "w2a4 by rtn: top-1", "w2a4 trained: top-1", "trained.safetensors: w2a4 by fpq"):
+        assert line in ended.out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trained.json", "trained.safetensors"]
+    card = json.loads(Path("trained.json").read_text())
+    protocol = card["protocol"]
+    assert protocol["options"] == {"p": 0.3, "csd": 2.0}
+    assert protocol["epochs"] == 2
+    assert protocol["method"] == "fpq"
+    assert "torch" in card["environment"]
+    top1 = protocol["rows"][2]["top1"]
+    measured = planish("evaluate", "trained.safetensors", "--trust", *tiny[2:])
+    assert measured.status == 0, measured.err
+    assert f"{100 * top1:.2f}%" in measured.out
+
+
+def test_starts(tiny, planish):
+    assert planish("quantize", *tiny, "--scheme", "w4a4", "--out", "q.safetensors").status == 0
+    assert planish("flatten", *tiny, "--epochs", "1", "--scheme", "w4a4", "--out", "flat.safetensors").status == 0
+    for i, start in enumerate((["flat"], ["flat", "--flat-epochs", "1"], ["q.safetensors"])):
+        ended = planish("train", *tiny, *QUICK, "--start", *start, "--method", "kd", "--out", f"{i}.safetensors")
+        assert ended.status == 0, ended.err
+        assert json.loads(Path(f"{i}.json").read_text())["protocol"]["flat_epochs"] == (1 if start[0] == "flat" else 0)
+    ended = planish("train", *tiny, *QUICK, "--weights", "flat.safetensors", "--out", "w.safetensors")
+    assert ended.status == 0, ended.err
+
+
+def test_the_network_may_stand_first(tiny, planish):
+    ended = planish("train", tiny[1], *tiny[2:], *QUICK, "--epochs", "1")
+    assert ended.status == 0, ended.err
+
+
+def test_images_without_labels(tiny, planish, shared):
+    ended = planish(
+        "train", *tiny, *QUICK, "--method", "cr", "--option", "ramp=0", "--unlabelled", shared / "data" / "class0"
+    )
+    assert ended.status == 0, ended.err
+    plain = planish("train", *tiny, *QUICK, "--method", "cr", "--option", "ramp=0", "--out", "other.safetensors")
+    assert plain.status == 0, plain.err
+    a, b = (load_quantized(Path(name), trust=True)[0] for name in ("trained.safetensors", "other.safetensors"))
+    assert not torch.equal(a.head._parameters["weight"], b.head._parameters["weight"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--method", "magic"], ("training method 'magic' is not known", "lsq")),
+        (["--scheme", "w9a0"], ("w9a0",)),
+        (["--option", "q=1"], ("lsq has no option 'q'", "task")),
+        (["--option", "task"], ("NAME=VALUE",)),
+        (["--option", "task=much"], ("option task of lsq is 'much': give a number",)),
+        (["--start", "nowhere"], ("start is 'nowhere': give given or flat, or a file",)),
+        (["--flat-epochs", "1"], ("--start flat",)),
+        (["--start", "flat", "--epochs", "1"], ("flat-epochs is 0 of 1 epochs",)),
+        (["--unlabelled", "nowhere"], ("unlabelled images nowhere does not exist",)),
+        (["--epochs", "0"], ("epochs is 0",)),
+        (["--out", "nowhere/t.safetensors"], ("the folder nowhere does not exist",)),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(tiny, planish, tmp_path, arguments, words):
+    ended = planish("train", *tiny, *arguments)
+    assert ended.status == 2
+    for word in words:
+        assert word in ended.err
+    assert ended.err.startswith("planish: ")
+    assert ended.err.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_start_of_another_scheme_or_without_quantizers(tiny, planish):
+    assert planish("quantize", *tiny, "--scheme", "w4a4", "--out", "q.safetensors").status == 0
+    ended = planish("train", *tiny, *QUICK, "--scheme", "w2a2", "--start", "q.safetensors")
+    assert ended.status == 2
+    assert "quantized already, by w4a4" in ended.err
+    assert planish("flatten", *tiny, "--epochs", "1", "--out", "flat.safetensors").status == 0
+    ended = planish("train", *tiny, *QUICK, "--start", "flat.safetensors")
+    assert ended.status == 2
+    assert "give it as --weights" in ended.err
+
+
+def test_methods_shows_the_options_of_one(planish):
+    listing = planish("methods")
+    assert "training methods (planish train --method)" in listing.out
+    ended = planish("methods", "fpq")
+    assert ended.status == 0
+    assert "p=0.1" in ended.out
+    assert "probability" in ended.out
+    assert planish("methods", "magic").status == 2
+
+
+def test_it_goes_on_where_it_was_stopped(zygote, options, tmp_path):
+    command = ["train", *options, "--epochs", "4", "--scheme", "w3a3", "--method", "kd", "--start", "flat"]
+    ended = zygote.run(tmp_path, [*command, "--out", "whole.safetensors"])
+    assert ended.status == 0, ended.err
+    for after, number in ((2, signal.SIGINT), (3, signal.SIGTERM)):
+        out = f"{number}.safetensors"
+        ended = zygote.run(tmp_path, [*command, "--out", out], kill=number, after=after, delay=0.05)
+        assert ended.status == 130, ended.err
+        assert not (tmp_path / out).exists()
+        ended = zygote.run(tmp_path, [*command, "--out", out])
+        assert ended.status == 0, ended.err
+        files = (tmp_path / out, tmp_path / "whole.safetensors")
+        state, expected = (load_quantized(file, trust=True)[0].state_dict() for file in files)
+        assert all(torch.equal(state[key], expected[key]) for key in expected)
+        assert not (tmp_path / f"{out}.checkpoint").exists()
