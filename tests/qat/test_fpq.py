@@ -1,12 +1,14 @@
 """FPQ against its equations, and the properties that they have."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 
 from planish.errors import PlanishError
 from planish.qat import Method, QATSettings, train_quantized
+from planish.qat.features import Outputs
 from planish.qat.fpq import (
     FPQ,
     ChannelStandardizedDistillation,
@@ -17,7 +19,8 @@ from planish.qat.fpq import (
 )
 from planish.quantizers import LearnedQuantizer, fit_grid
 from planish.scheme import Format
-from planish.training import Ingredient
+from planish.training import Ingredient, Interrupted
+from planish.training.engine import step_seed
 from tests.training import tiny
 
 SETTINGS = QATSettings(averaging=None, training=tiny.settings(epochs=1))
@@ -33,6 +36,13 @@ def test_noise_has_mean_zero_the_variance_of_rounding_and_stays_within_half_a_st
     assert noise.abs().max() <= 0.2
     assert abs(noise.mean()) < 4 * 0.4 / (12 * 200_000) ** 0.5
     assert noise.var().item() == pytest.approx(0.4**2 / 12, rel=0.01)
+
+
+def test_no_gradient_reaches_the_step_through_the_noise():
+    x, step = torch.zeros(5, requires_grad=True), torch.tensor(0.4, requires_grad=True)
+    perturb(x, step).sum().backward()
+    assert step.grad is None
+    assert torch.equal(x.grad, torch.ones(5))
 
 
 def started(x):
@@ -92,8 +102,11 @@ def test_distance_is_that_of_the_formula():
     total = standardized_distance(student, teacher, "sum")
     torch.testing.assert_close(standardized_distance(student, teacher, "mean"), total / student.numel())
     torch.testing.assert_close(standardized_distance(student, teacher, "batch-mean"), total / 5)
-    tokens = student.permute(0, 2, 3, 1).reshape(5, 16, 3), teacher.permute(0, 2, 3, 1).reshape(5, 16, 3)
-    torch.testing.assert_close(standardized_distance(*tokens, "sum"), total)
+    # channels last, as linear layers have them: tokens, and the maps of Swin
+    last = student.permute(0, 2, 3, 1), teacher.permute(0, 2, 3, 1)
+    torch.testing.assert_close(standardized_distance(*last, "sum", -1), total)
+    tokens = [t.reshape(5, 16, 3) for t in last]
+    torch.testing.assert_close(standardized_distance(*tokens, "sum", -1), total)
 
 
 def test_distance_is_pearsons_correlation():
@@ -101,7 +114,7 @@ def test_distance_is_pearsons_correlation():
     rho = torch.stack(
         [torch.corrcoef(torch.stack([student[:, c].flatten(), teacher[:, c].flatten()]))[0, 1] for c in range(4)]
     )
-    exact = (standardize(teacher, 0.0) - standardize(student, 0.0)).square().sum()
+    exact = (standardize(teacher, eps=0.0) - standardize(student, eps=0.0)).square().sum()
     torch.testing.assert_close(exact, 2 * 54 * (1 - rho).sum(), rtol=1e-12, atol=0)
 
 
@@ -125,7 +138,7 @@ def test_gradients_flow_to_the_student_only():
             self.training = distillation.teacher.training
 
     teacher, watch = tiny.conv(), Watch()
-    distillation = ChannelStandardizedDistillation(copy.deepcopy(teacher), ["0", "4", "9"])
+    distillation = ChannelStandardizedDistillation(copy.deepcopy(teacher), {"0": 1, "4": 1, "9": -1})
     model = tiny.conv(seed=1)
     before = copy.deepcopy(model)
     tiny.fit(model, [distillation, watch], task=False, run_settings=tiny.settings(epochs=1))
@@ -162,10 +175,136 @@ def test_zero_points_stay_and_steps_move():
     assert sum(not torch.equal(before[n][0], after[n][0]) for n in before) > len(before) / 2
 
 
-def test_no_hook_is_left():
+def hooks(model):
+    return [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+
+
+class Watching(Ingredient):
+    """Keeps the network, and fails at a given step."""
+
+    def __init__(self, fail=None):
+        self.fail = fail
+
+    def start(self, run):
+        self.model = run.model
+        if self.fail == 0:
+            raise ZeroDivisionError
+
+    def after_step(self, run):
+        self.taken = copy.deepcopy(run.model)
+        if self.fail:
+            raise ZeroDivisionError
+
+
+@pytest.mark.parametrize("position", ["after", "before"])
+def test_no_hook_is_left(position):
+    method, watching = FPQ(p=1.0, position=position), Watching()
+    train_quantized(tiny.conv(), tiny.loader(), "w4a4", method, settings=SETTINGS, extra=[watching])
+    assert not hooks(watching.model)
+    assert hooks(watching.taken)  # there was something to take off
+
+
+@pytest.mark.parametrize("step", [0, 1])
+def test_a_failure_keeps_its_name_and_leaves_no_hook(step):
+    watching = Watching(fail=step)
+    with pytest.raises(ZeroDivisionError):
+        train_quantized(tiny.conv(), tiny.loader(), "w4a4", FPQ(p=1.0), settings=SETTINGS, extra=[watching])
+    assert not hooks(watching.model)
+
+
+def test_a_failure_before_it_has_started_is_not_hidden():
+    distillation = ChannelStandardizedDistillation(tiny.conv(), {"0": 1})
+    with pytest.raises(ZeroDivisionError):
+        tiny.fit(tiny.conv(), [Watching(fail=0), distillation, FeaturePerturbation({})])
+
+
+@pytest.mark.parametrize("position", ["after", "before"])
+def test_a_copy_of_the_student_is_neither_perturbed_nor_seen(position):
+    x = draw(8, 20).float()
+    tap = started(x)
+    clean = tap(x)
+    noise = FeaturePerturbation({"x": tap}, 1.0, position)
+    noise.start(None)
+    teacher = copy.deepcopy(tap)
+    assert teacher.training
+    assert torch.equal(teacher(x), clean)
+    assert not torch.equal(tap(x), clean)
+    noise.finish(None)
+
     model = tiny.conv()
-    trained = train_quantized(model, tiny.loader(), "w4a4", FPQ(p=1.0), settings=SETTINGS)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in trained.modules())
+    outputs = Outputs(model, ["0"])
+    mine = model[0](x[:, :16].reshape(8, 1, 4, 4))
+    copy.deepcopy(model)(draw(2, 1, 8, 8).float())
+    assert outputs.take()["0"] is mine
+
+
+def test_only_layers_with_a_weight_are_perturbed_and_distilled():
+    class Keep(FPQ):
+        def ingredients(self, context):
+            parts = super().ingredients(context)
+            seen["noisy"] = set(next(i for i in parts if isinstance(i, FeaturePerturbation)).taps)
+            seen["layers"] = next(i for i in parts if isinstance(i, ChannelStandardizedDistillation)).layers
+            return parts
+
+    seen = {}
+    train_quantized(tiny.vit(), tiny.loader(size=16), "w4a4", Keep(), settings=SETTINGS, epochs=0)
+    names = [f"blocks.{b}.{layer}" for b in (0, 1) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+    assert list(seen["layers"]) == ["patch_embed.proj", *names, "head"]
+    assert seen["layers"]["patch_embed.proj"] == 1
+    assert {seen["layers"][name] for name in (*names, "head")} == {-1}
+    assert seen["noisy"] == {f"{name}.input" for name in ("patch_embed.proj", *names, "head")}
+
+
+def step_twin(quantized, teacher, images, labels, p, seed):
+    """The loss of a step, spelled out: gate and noise behind every quantizer of a layer's input, cross-entropy, and the
+    mean over layers of the standardized distances of their outputs."""
+    ours, theirs, paths = {}, {}, ["0", "4", "9"]
+
+    def noisy(tap, args, out):
+        if torch.rand(()) < p:
+            return out + (torch.rand(out.shape) - 0.5) * tap.grid.scale
+        return out
+
+    for path in paths:
+        quantized.get_submodule(path).planish_taps["input"].register_forward_hook(noisy)
+        for model, kept in ((quantized, ours), (teacher, theirs)):
+            model.get_submodule(path).register_forward_hook(
+                lambda m, a, out, kept=kept, path=path: kept.__setitem__(path, out)
+            )
+    teacher.eval()(images)
+    torch.manual_seed(seed)
+    logits = quantized.eval()(images)
+    chosen = -torch.stack([logits[i].log_softmax(-1)[label] for i, label in enumerate(labels)]).mean()
+    distances = [csd_twin(ours[path], theirs[path]) / ours[path].numel() for path in paths]
+    return chosen + 2.5 * sum(distances) / 3
+
+
+@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
+def test_a_step_minimises_what_the_equations_say(p):
+    run_settings = replace(SETTINGS, training=tiny.settings(epochs=1, freeze_batchnorm=True))
+    given, batches, losses = tiny.conv(), tiny.loader(shuffle=False), []
+    start = train_quantized(given, batches, "w2a4", Method(), settings=run_settings, epochs=0)
+    train_quantized(
+        given, batches, "w2a4", FPQ(p=p, csd=2.5), settings=run_settings, progress=lambda s, n, x: losses.append(x)
+    )
+    images, labels = next(iter(batches))
+    twin = step_twin(start, copy.deepcopy(given), images, labels, p, step_seed(0, 0, 0))
+    assert losses[0] == pytest.approx(twin.item(), rel=1e-5)
+
+
+def test_an_interrupted_run_comes_to_the_same_end(tmp_path):
+    method, batches = FPQ(p=0.5), tiny.loader()
+    whole = train_quantized(tiny.conv(), batches, "w2a4", method, settings=SETTINGS)
+    steps = []
+    with pytest.raises(Interrupted):
+        train_quantized(
+            tiny.conv(), batches, "w2a4", method, settings=SETTINGS, checkpoint_dir=tmp_path,
+            should_stop=lambda: steps.append(1) or len(steps) == 3,
+        )  # fmt: skip
+    resumed = train_quantized(
+        tiny.conv(), batches, "w2a4", method, settings=SETTINGS, checkpoint_dir=tmp_path, resume=True
+    )
+    assert tiny.same(whole, resumed)
 
 
 def test_errors():
@@ -174,4 +313,8 @@ def test_errors():
     with pytest.raises(PlanishError, match="after or before"):
         FeaturePerturbation({}, 0.5, "beside")
     with pytest.raises(PlanishError, match="mean, batch-mean, sum"):
-        ChannelStandardizedDistillation(tiny.conv(), [], reduction="median")
+        ChannelStandardizedDistillation(tiny.conv(), {"0": 1}, reduction="median")
+    with pytest.raises(PlanishError, match="positive, or 0"):
+        ChannelStandardizedDistillation(tiny.conv(), {"0": 1}, weight=-1.0)
+    with pytest.raises(PlanishError, match="nothing to distil"):
+        ChannelStandardizedDistillation(tiny.conv(), {})

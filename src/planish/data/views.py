@@ -34,3 +34,40 @@ def _shifted(n: int, side: int, share: float) -> Tensor:
     reach = min(round(share * side), side - 1)
     lines = (torch.arange(side) + torch.randint(-reach, reach + 1, (n, 1))).abs()
     return (side - 1) - ((side - 1) - lines).abs()
+
+
+def distort(images: Tensor, strength: float) -> Tensor:
+    """Each image of (N, C, H, W) with another contrast and brightness, noise, and a square cut out.
+
+    At full ``strength`` the contrast changes by up to half, the brightness by up to half the image's own standard
+    deviation, the noise has a fifth of it, and the square has half the side of the image; at 0 nothing changes. The
+    square holds the image's mean. Draws from torch's global generators.
+
+    Raises:
+        PlanishError: ``images`` is no batch of images in float, or ``strength`` lies outside [0, 1].
+    """
+    if images.dim() != 4 or not images.is_floating_point():
+        raise PlanishError(
+            f"distortion takes images (N, C, H, W) in float, got {images.dtype} of shape {tuple(images.shape)}"
+        )
+    if not 0 <= strength <= 1:
+        raise PlanishError(f"the strength of a distortion is {strength}: it lies in [0, 1]")
+    if strength == 0:
+        return images
+    n, _, height, width = images.shape
+    mean = images.mean((1, 2, 3), keepdim=True)
+    centred = images - mean
+    deviation = centred.square().mean((1, 2, 3), keepdim=True).sqrt()
+    contrast, brightness = (strength * (torch.rand(2, n, 1, 1, 1) - 0.5)).to(images)
+    noise = 0.2 * strength * torch.randn_like(images)
+    cut = _within(n, height, strength / 2)[:, None, :, None] & _within(n, width, strength / 2)[:, None, None, :]
+    changed = mean + centred * (1 + contrast) + deviation * (brightness + noise)
+    return torch.where(cut.to(images.device), mean, changed)
+
+
+def _within(n: int, side: int, share: float) -> Tensor:
+    """For each of n images: which of ``side`` lines a span of that share covers, wherever it lies; (n, side)."""
+    span = round(share * side)
+    first = torch.randint(0, side - span + 1, (n, 1))
+    lines = torch.arange(side)
+    return (lines >= first) & (lines < first + span)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -10,24 +10,50 @@ from torch import Tensor, nn
 from planish.network import Product
 
 
-def layer_paths(model: nn.Module, layers: Sequence[Product]) -> list[str]:
-    """The linear layers and convolutions among the quantized products, in the order of execution, each once."""
-    paths = dict.fromkeys(product.module for product in layers)
-    return [p for p in paths if isinstance(model.get_submodule(p), (nn.Linear, nn.modules.conv._ConvNd))]
+def layer_axes(model: nn.Module, layers: Sequence[Product]) -> dict[str, int]:
+    """The linear layers and convolutions among the quantized products by their paths, in the order of execution, with
+    the axis that holds the channels of their outputs: 1 of a convolution, -1 of a linear layer whatever its shape."""
+    modules = {product.module: model.get_submodule(product.module) for product in layers}
+    convolution = nn.modules.conv._ConvNd
+    return {
+        path: 1 if isinstance(module, convolution) else -1
+        for path, module in modules.items()
+        if isinstance(module, (nn.Linear, convolution))
+    }
+
+
+def _nothing(*args: Any) -> None:
+    """What a copied hook does."""
+
+
+class OwnHook:
+    """A hook of one network only: in a copy of it, such as a moving average that teaches, nothing takes its place.
+
+    A function is copied by reference, and would act on the network in training whenever the copy runs.
+    """
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self.hook = hook
+
+    def __call__(self, *args: Any) -> Any:
+        return self.hook(*args)
+
+    def __deepcopy__(self, memo: Any) -> Callable[..., None]:
+        return _nothing
 
 
 class Outputs:
     """Forward hooks that keep the latest output of some modules; ``take`` hands them over and forgets them."""
 
-    def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
+    def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
         self.kept: dict[str, Tensor] = {}
         self.handles = [model.get_submodule(path).register_forward_hook(self._keeper(path)) for path in paths]
 
-    def _keeper(self, path: str) -> Any:
+    def _keeper(self, path: str) -> OwnHook:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
             self.kept[path] = output
 
-        return keep
+        return OwnHook(keep)
 
     def take(self) -> dict[str, Tensor]:
         """What was kept since the last call, by the module's path."""

@@ -6,9 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from planish.errors import PlanishError
+from planish.qat.cr import CR
+from planish.qat.dampening import Dampen, Freeze
+from planish.qat.ewgs import EWGS
 from planish.qat.fpq import FPQ
+from planish.qat.gplq import GPLQ
 from planish.qat.mec import MEC
 from planish.qat.method import Method
+from planish.qat.ofq import OFQ
+from planish.qat.saq import SAQ
 
 
 @dataclass(frozen=True)
@@ -58,7 +64,10 @@ class KD(Method):
     temperature: float = 1.0
 
 
-METHODS: dict[str, type[Method]] = {method.name: method for method in (Method, LSQPlus, PACT, DoReFa, KD, FPQ, MEC)}
+METHODS: dict[str, type[Method]] = {
+    method.name: method
+    for method in (Method, LSQPlus, PACT, DoReFa, KD, FPQ, CR, MEC, OFQ, Dampen, Freeze, EWGS, SAQ, GPLQ)
+}
 
 
 def get_method(name: str) -> Method:

@@ -19,6 +19,7 @@ from planish.qat.method import Method
 from planish.quantizers import (
     DoReFaQuantizer,
     FixedQuantizer,
+    LaterQuantizer,
     LearnedQuantizer,
     PACTQuantizer,
     ShiftedLearnedQuantizer,
@@ -43,6 +44,7 @@ WEIGHTS: dict[str, Make] = {
     "dorefa": lambda fmt, site, method: DoReFaQuantizer(fmt),
     "statsq": lambda fmt, site, method: StatsQuantizer(fmt, channel_axis=site.channel_axis or 0),
     "fixed": lambda fmt, site, method: FixedQuantizer(fmt, channel_axis=site.channel_axis or 0),
+    "later": lambda fmt, site, method: LaterQuantizer(fmt, channel_axis=site.channel_axis or 0),
 }
 ACTIVATIONS: dict[str, Make] = {
     "lsq": _learned,
@@ -68,7 +70,7 @@ def make_quantizer(site: Site, fmt: Format, method: Method, plan: Assignment) ->
         return _pick(ACTIVATIONS, "activations", method.activations)(fmt, site, method)
     kind = method.weights
     if fmt.bits != plan.scheme.weights.bits:
-        kind = "fixed" if kind == "fixed" else "lsq"  # the first and last layer, at 8 bits
+        kind = kind if kind in ("fixed", "later") else "lsq"  # the first and last layer, at 8 bits
     return _pick(WEIGHTS, "weights", kind)(fmt, site, method)
 
 
@@ -127,8 +129,9 @@ def insert_quantizers(
 def bake_quantizers(model: nn.Module, plan: Assignment, example: Any) -> None:
     """Replace trained quantizers by plain ones on the grids that they have come to, in place.
 
-    What comes out computes what the trained network computes in evaluation mode, bit for bit, and is what
-    :func:`planish.quantize` gives back: it is evaluated, listed by the ledger and saved in the same way.
+    What comes out computes what the trained network computes in evaluation mode, bit for bit (but for weights that are
+    rounded only now), and is what :func:`planish.quantize` gives back: it is evaluated, listed by the ledger and saved
+    in the same way.
     """
     model.eval()
     call_model(model, example)  # scales that are statistics of the weights are of the weights as they are now

@@ -1,6 +1,7 @@
 """From a tensor to a grid: range setting, modules that hold a grid, and quantizers that are trained."""
 
 from planish.quantizers.dorefa import DoReFaQuantizer
+from planish.quantizers.later import LaterQuantizer
 from planish.quantizers.learned import LearnedQuantizer, learned_quantize
 from planish.quantizers.pact import PACTQuantizer
 from planish.quantizers.ranges import fit_grid
@@ -13,6 +14,7 @@ from planish.quantizers.uniform import UniformQuantizer
 __all__ = [
     "DoReFaQuantizer",
     "FixedQuantizer",
+    "LaterQuantizer",
     "LearnedQuantizer",
     "PACTQuantizer",
     "RunningRange",
