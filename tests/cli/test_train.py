@@ -32,6 +32,20 @@ def test_it_writes_what_evaluate_reads(tiny, planish, tmp_path):
     assert f"{100 * top1:.2f}%" in measured.out
 
 
+def test_oscillation_before_and_after_annealing(tiny, planish):
+    ended = planish("train", *tiny, *QUICK, "--scheme", "w2a4", "--method", "ofq", "--option", "annealing=0.5")
+    assert ended.status == 0, ended.err
+    assert "% of the weights oscillate" in ended.out
+    report = json.loads(Path("trained.json").read_text())["oscillation"]
+    for when in ("before_annealing", "after"):
+        assert 0 <= report[when]["oscillating"] <= 1
+        assert sum(report[when]["histogram"]) == pytest.approx(1)
+        assert list(report[when]["layers"]) == ["conv2.weight"]
+    ended = planish("train", *tiny, *QUICK, "--scheme", "w8a8", "--epochs", "1", "--out", "eight.safetensors")
+    assert ended.status == 0, ended.err
+    assert json.loads(Path("eight.json").read_text())["oscillation"] == {}
+
+
 def test_starts(tiny, planish):
     assert planish("quantize", *tiny, "--scheme", "w4a4", "--out", "q.safetensors").status == 0
     assert planish("flatten", *tiny, "--epochs", "1", "--scheme", "w4a4", "--out", "flat.safetensors").status == 0

@@ -23,6 +23,7 @@ from planish.ptq import quantize
 from planish.ptq.files import load_quantized, save_quantized, weights_megabytes
 from planish.qat import Method, QATSettings, get_method, train_quantized
 from planish.qat.options import changed_options, with_options
+from planish.qat.oscillation import OscillationTracker, oscillation_report
 from planish.recipes.arms import arm_settings
 from planish.recipes.check import check_run
 from planish.recipes.config import NoiseOptions, RunConfig, flat_dict
@@ -67,7 +68,8 @@ def execute(command: Train) -> None:
             if flat_epochs:
                 start = _flattened(command, material, kept, flat_epochs, stop, work)
             work.begin(f"training {material.loaded.name} at {command.scheme} by {method.name}")
-            trained = _train(command, method, material, start, unlabelled, kept, flat_epochs, stop, work)
+            tracker = OscillationTracker(report_at=method.averaging_until)
+            trained = _train(command, method, material, start, unlabelled, kept, flat_epochs, stop, work, tracker)
             work.end()
             seconds = time.perf_counter() - began
             work.begin("measuring")
@@ -75,12 +77,16 @@ def execute(command: Train) -> None:
             work.end()
         protocol = {**_protocol(command, method, material, flat_epochs), "seconds": round(seconds, 1), "rows": rows}
         save_quantized(trained, command.out, material.loaded.recipe, material.loaded.preprocessing, protocol)
-        card = {"protocol": protocol, "environment": environment()}
+        oscillation = _oscillation(trained, tracker)
+        card = {"protocol": protocol, "environment": environment(), "oscillation": oscillation}
         write_text(command.out.with_suffix(".json"), json.dumps(card, indent=2, default=str))
     kept.drop()
     for row in rows:
         flips = f", {100 * row['flip_rate']:.2f} % flips" if "flip_rate" in row else ""
         say(console, f"{row['name']}: top-1 {100 * row['top1']:.2f} %{flips}")
+    if oscillation:
+        shares = 100 * oscillation["after"]["oscillating"], 100 * oscillation["after"]["near"]
+        say(console, "{:.1f} % of the weights oscillate, {:.1f} % lie near a threshold".format(*shares))
     size = weights_megabytes(trained)
     say(console, f"{command.out}: {command.scheme} by {method.name}; {size:.3f} MB of weights at their bits")
 
@@ -157,7 +163,7 @@ def _flattened(
 
 def _train(
     command: Train, method: Method, material: Material, start: nn.Module | None, unlabelled: Any, kept: Kept,
-    flat_epochs: int, stop: StopFlag, work: Work,
+    flat_epochs: int, stop: StopFlag, work: Work, tracker: OscillationTracker,
 ) -> nn.Module:  # fmt: skip
     options = command.train
     training = TrainingSettings(
@@ -170,7 +176,7 @@ def _train(
         return train_quantized(
             given if start is None else start.to(material.device), material.train, command.scheme, method, given=given,
             calibration=material.calibration, unlabelled=unlabelled, settings=QATSettings(training=training),
-            allow=command.quantize.allow, checkpoint_dir=kept.state, resume=True, should_stop=stop,
+            allow=command.quantize.allow, extra=[tracker], checkpoint_dir=kept.state, resume=True, should_stop=stop,
             progress=lambda step, steps, loss: work.at(step / steps),
         )  # fmt: skip
 
@@ -182,6 +188,14 @@ def _measure(command: Train, material: Material, trained: nn.Module) -> list[dic
     for name, model in ((f"{command.scheme} by rtn", rounded), (f"{command.scheme} trained", trained)):
         worth[name] = evaluate(model, material.test, reference=given)
     return [{"name": name, **values} for name, values in worth.items()]
+
+
+def _oscillation(trained: nn.Module, tracker: OscillationTracker) -> dict[str, Any]:
+    """Where the weights lie and how many oscillate, at the end and before annealing; empty without low-bit weights."""
+    if not tracker.frequency:
+        return {}
+    reports = {"after": oscillation_report(trained, tracker)}
+    return {"before_annealing": tracker.earlier, **reports} if tracker.report_at != 1.0 else reports
 
 
 def _protocol(command: Train, method: Method, material: Material, flat_epochs: int) -> dict[str, Any]:

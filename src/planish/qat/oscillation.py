@@ -105,12 +105,18 @@ class OscillationTracker(Ingredient):
         momentum: m.
         threshold: a weight with a higher frequency counts as oscillating.
         most_bits: weights with more bits are left out.
+        report_at: share of the run at which a report is made and kept as ``earlier`` (before annealing, say).
     """
 
-    def __init__(self, momentum: float = 0.01, threshold: float = 0.005, most_bits: int = MOST_BITS) -> None:
+    def __init__(
+        self, momentum: float = 0.01, threshold: float = 0.005, most_bits: int = MOST_BITS,
+        report_at: float | None = None,
+    ) -> None:  # fmt: skip
         if not 0 < momentum <= 1:
             raise PlanishError(f"the momentum of the oscillation frequency is {momentum}: it lies in (0, 1]")
         self.momentum, self.threshold, self.most_bits = momentum, threshold, most_bits
+        self.report_at = report_at
+        self.earlier: dict[str, Any] | None = None
         self.weights: dict[str, Rounded] = {}
         self.codes: dict[str, Tensor] = {}
         self.direction: dict[str, Tensor] = {}
@@ -127,6 +133,13 @@ class OscillationTracker(Ingredient):
     def after_step(self, run: Run) -> None:
         for name, weight in self.weights.items():
             self.update(name, weight.codes)
+        self.report_midway(run)
+
+    def report_midway(self, run: Run) -> None:
+        """Make the report of ``report_at`` when the run has come there."""
+        due = self.report_at is not None and (run.step + 1) / run.steps >= self.report_at
+        if due and self.earlier is None and self.weights:
+            self.earlier = oscillation_report(run.model, self, most_bits=self.most_bits)
 
     def update(self, name: str, codes: Tensor) -> None:
         """Take in the codes of one layer after a step."""
@@ -147,13 +160,16 @@ class OscillationTracker(Ingredient):
         return sum(int((f > self.threshold).sum()) for f in self.frequency.values()) / max(1, count)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"codes": self.codes, "direction": self.direction, "frequency": self.frequency}
+        return {
+            "codes": self.codes, "direction": self.direction, "frequency": self.frequency, "earlier": self.earlier,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for kept in ("codes", "direction", "frequency"):
             mine = getattr(self, kept)
             for name, saved in state[kept].items():
                 mine[name].copy_(saved)
+        self.earlier = state["earlier"]
 
 
 @torch.no_grad()
