@@ -97,6 +97,29 @@ def test_query_and_key_are_annealed_through_their_product():
     assert set(seen["end"]) == {None}
 
 
+@pytest.mark.parametrize("band", [0.0, BAND])
+def test_the_rows_behind_a_rebuilt_attention_stay_where_nothing_is_undecided(band):
+    moved = []
+
+    class Look(Ingredient):
+        def before_step(self, run, inputs, labels):
+            self.weight = run.model.blocks[0].attn.qkv._parameters["weight"]
+            self.before = self.weight.detach().clone()
+            tap = run.model.get_submodule("blocks.0.attn.planish_taps.linear1_weight")
+            self.undecided = near_threshold(self.before.chunk(3)[2], tap.grid, band)
+
+        def after_step(self, run):
+            changed = self.weight.detach() != self.before
+            moved.append((run.step / run.steps >= 0.5, changed[:32].float().mean(), changed[32:], self.undecided))
+
+    method = OFQ(annealing=0.5, band=band)
+    train_quantized(tiny.vit(), tiny.loader(size=16), "w2a4", method, settings=settings(), extra=[Look()])
+    assert all(query_key > 0.9 and value.float().mean() > 0.9 for late, query_key, value, _ in moved if not late)
+    for _, query_key, value, undecided in (row for row in moved if row[0]):
+        assert not (value & ~undecided).any()
+        assert query_key == 0 if band == 0 else query_key > 0
+
+
 def test_averages_stop_where_annealing_begins():
     watch = Watch()
     model = train_quantized(

@@ -6,12 +6,13 @@ others go on until they have settled.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from planish.errors import PlanishError
+from planish.network.query_key import QueryKeyAttention
 from planish.qat.method import Context
 from planish.quantizers import StatsQuantizer
 from planish.quantizers.statistics import near_threshold
@@ -24,9 +25,11 @@ class ConfidenceGuidedAnnealing(Ingredient):
     """From the share ``start`` of the run on, weights farther than ``band`` steps from a threshold stay as they are.
 
     Masks are made anew at every step, so a weight that leaves the band freezes. Frozen weights have no gradient and are
-    put back after the optimizer's step, which momentum and weight decay would otherwise move them in. A weight that is
-    made from others (the product of query and key weights) passes no gradient where it is confident; the parameters
-    behind it are shared by confident and undecided entries and cannot be frozen one by one.
+    put back after the optimizer's step, which momentum and weight decay would otherwise move them in.
+
+    In a rebuilt attention the value's rows of ``qkv.weight`` are treated likewise. The product of query and key passes
+    no gradient where it is confident. Its entries share the rows behind them, which therefore cannot be frozen with
+    the entries one by one; they are put back wherever no undecided entry gave them a gradient.
 
     Weights of the first and last layer, where they have a width of their own, are left alone.
     """
@@ -39,9 +42,13 @@ class ConfidenceGuidedAnnealing(Ingredient):
         held = {id(tap) for _, _, tap in self.weights}
         taps = [tap for tap in context.taps.values() if isinstance(tap, StatsQuantizer)]
         self.made = [tap for tap in taps if id(tap) not in held]
+        self.rebuilt = [
+            (cast(nn.Parameter, module.qkv._parameters["weight"]), context.taps.get(f"{path}.linear1_weight"))
+            for path, module in context.model.named_modules()
+            if isinstance(module, QueryKeyAttention)
+        ]
         self.band, self.begin = band, start
-        self.frozen: list[Tensor] = []
-        self.clean: list[Tensor] = []
+        self.frozen: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, where it is frozen, what it was
 
     def active(self, run: Run) -> bool:
         """Whether this step is annealed."""
@@ -53,24 +60,34 @@ class ConfidenceGuidedAnnealing(Ingredient):
             return
         for tap in self.made:
             tap.band = self.band
-        # through detach(), which shares storage: a statistic of the weight is of the weight as it is now
-        self.frozen = [~near_threshold(w, tap.grid, self.band) for _, w, tap in self.weights]
-        self.clean = [w.detach().clone() for _, w, _ in self.weights]
+        # grids that are statistics follow the weights, whose storage they share
+        self.frozen = [(w, ~near_threshold(w, tap.grid, self.band), w.detach().clone()) for _, w, tap in self.weights]
+        for weight, tap in self.rebuilt:
+            frozen = torch.zeros_like(weight, dtype=torch.bool)
+            if isinstance(tap, StatsQuantizer):
+                value = weight.chunk(3)[2]
+                frozen.chunk(3)[2].copy_(~near_threshold(value, tap.grid, self.band))
+            self.frozen.append((weight, frozen, weight.detach().clone()))
 
     def around(self, run: Run, compute: Compute) -> Tensor:
         loss = compute()
-        for (_, weight, _), frozen in zip(self.weights, self.frozen, strict=False):
+        if self.frozen:
+            for weight, _ in self.rebuilt:
+                frozen = next(mask for parameter, mask, _ in self.frozen if parameter is weight)
+                query_key = slice(0, 2 * len(weight) // 3)
+                frozen[query_key] = True if weight.grad is None else weight.grad[query_key] == 0
+        for weight, frozen, _ in self.frozen:
             if weight.grad is not None:
                 weight.grad.masked_fill_(frozen, 0.0)
         return loss
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        for (_, weight, _), frozen, clean in zip(self.weights, self.frozen, self.clean, strict=False):
+        for weight, frozen, clean in self.frozen:
             weight.copy_(torch.where(frozen, clean, weight))
-        self.frozen, self.clean = [], []
+        self.frozen = []
 
     def finish(self, run: Run) -> None:
         for tap in self.made:
             tap.band = None
-        self.frozen, self.clean = [], []
+        self.frozen = []

@@ -1,0 +1,216 @@
+"""Every training method on the quantized network itself: equal epochs, three seeds, both embedded networks.
+
+    python benchmarks/qat.py --suite methods      # -> benchmarks/qat.csv, continued if it is there
+    python benchmarks/qat.py --summary            # the tables: mean, standard error, differences paired by seed
+
+A suite is a list of arms. An arm is a method with its options, where it starts, and how many of the labels it sees. The
+images are the embedded ones: 10,000 to train on, 2,000 official test images to measure on. Settings were chosen on
+networks trained without the last 10,000 training images, and on those images, never on the test images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import Subset
+
+from planish.data import calibration_subset, load_data, make_loader
+from planish.evaluation import evaluate, predict
+from planish.flattening import FlattenSettings, flatten, plain
+from planish.models import load_model
+from planish.ptq import quantize
+from planish.qat import METHODS, Method, QATSettings, get_method, train_quantized
+from planish.training import TrainingSettings
+
+LR = {"vit": 2e-3}  # peak; chosen on held-out images among 5e-4, 1e-3, 2e-3, 4e-3. The other network has the default
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to a quantized network. ``method`` None: rounding (``rtn``) after training in float."""
+
+    name: str
+    method: Method | None = None
+    start: str = "given"  # or "flat": half of the epochs go into flattening; or "tuned": all of them, in float
+    labels: int = 0  # labelled images; 0: all. The rest is given as unlabelled images where the method takes them
+    averaging: float | None = QATSettings.averaging
+    schemes: tuple[str, ...] = ("w4a4", "w2a4", "w2a2")
+
+
+def suites() -> dict[str, list[Arm]]:
+    """The arms of every suite."""
+    methods = [Arm("rtn"), Arm("tuned, rtn", start="tuned"), Arm("flat, rtn", start="flat only")]
+    methods += [Arm("lsq, last weights", Method(), averaging=None)]
+    methods += [Arm(name, get_method(name)) for name in METHODS]
+    low = {"schemes": ("w2a2",)}
+    starts = [
+        Arm("given, lsq", Method(), **low),
+        Arm("flat, lsq", Method(), start="flat", **low),
+        Arm("given, kd", get_method("kd"), **low),
+        Arm("flat, kd", get_method("kd"), start="flat", **low),
+    ]
+    return {"methods": methods, "starts": starts}
+
+
+FIELDS = ["network", "checkpoint", "fp_top1", "suite", "arm", "method", "options", "start", "scheme", "seed", "top1",
+          "nll", "ece", "flip_rate", "epochs", "lr", "averaging", "labels", "train_images", "test_images", "batch_size",
+          "threads",
+          "train_seconds", "torch"]  # fmt: skip
+
+
+@dataclass
+class Study:
+    """A network and its images, for one seed."""
+
+    name: str
+    args: argparse.Namespace
+    seed: int
+
+    def __post_init__(self) -> None:
+        self.loaded = load_model(self.name)
+        self.data = load_data(None, self.loaded.preprocessing, seed=self.seed)
+        self.test = make_loader(self.data.test, 500, shuffle=False, seed=0)
+        self.reference, _, _ = predict(self.loaded.model, self.test)
+        self.fp_top1 = evaluate(self.loaded.model, self.test)["top1"]
+
+    def loader(self, dataset: Any) -> Any:
+        return make_loader(dataset, self.args.batch_size, shuffle=True, seed=self.seed, augment=True, drop_last=True)
+
+    def train(self, arm: Arm, scheme: str) -> nn.Module:
+        training = TrainingSettings(epochs=self.args.epochs, lr=LR.get(self.name), seed=self.seed)
+        given, loader = self.loaded.model, self.loader(self.data.train)
+        unlabelled = None
+        if arm.labels:
+            few = calibration_subset(self.data.train, self.data.train_labels, arm.labels, self.seed)
+            # as many steps as with all the labels: the few labelled images come round more often
+            repeats = len(self.data.train_labels) // arm.labels
+            loader = self.loader(Subset(self.data.train, [*few.indices] * repeats))
+            rest = sorted(set(range(len(self.data.train_labels))) - set(few.indices))
+            unlabelled = self.loader(Subset(self.data.train, rest))
+        subset = calibration_subset(self.data.train, self.data.train_labels, 512, self.seed)
+        calibration = make_loader(subset, self.args.batch_size, shuffle=False, seed=0)
+        if arm.method is None:
+            settings = {
+                "tuned": plain(training, averaging=arm.averaging),
+                "flat only": FlattenSettings(training=training),
+            }
+            model = given if arm.start == "given" else flatten(given, loader, scheme, settings=settings[arm.start])
+            return quantize(model, calibration, scheme)
+        start = given
+        if arm.start == "flat":
+            half = FlattenSettings(training=replace(training, epochs=self.args.epochs // 2))
+            start = flatten(given, loader, scheme, settings=half)
+            training = replace(training, epochs=self.args.epochs - self.args.epochs // 2)
+        settings = QATSettings(averaging=arm.averaging, training=replace(training, freeze_batchnorm=False))
+        return train_quantized(
+            start, loader, scheme, arm.method, given=given, calibration=calibration, unlabelled=unlabelled,
+            settings=settings,
+        )  # fmt: skip
+
+    def row(self, suite: str, arm: Arm, scheme: str) -> dict[str, Any]:
+        began = time.perf_counter()
+        model = self.train(arm, scheme)
+        seconds = round(time.perf_counter() - began, 1)
+        worth = evaluate(model, self.test, reference=self.reference)
+        method = arm.method
+        options = {} if method is None else {
+            f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default
+        }  # fmt: skip
+        return {
+            "network": self.name, "checkpoint": self.loaded.weights_hash, "fp_top1": round(self.fp_top1, 5),
+            "suite": suite,
+            "arm": arm.name, "method": method.name if method else "rtn",
+            "options": " ".join(f"{k}={v}" for k, v in options.items()), "start": arm.start, "scheme": scheme,
+            "seed": self.seed, **{k: round(worth[k], 5) for k in ("top1", "nll", "ece", "flip_rate")},
+            "epochs": self.args.epochs, "lr": LR.get(self.name) or "default", "averaging": arm.averaging,
+            "labels": arm.labels or len(self.data.train_labels),
+            "train_images": len(self.data.train_labels), "test_images": len(self.data.test),
+            "batch_size": self.args.batch_size, "threads": self.args.threads, "train_seconds": seconds,
+            "torch": torch.__version__,
+        }  # fmt: skip
+
+
+def measure(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[dict[str, Any]]:
+    """The rows that are not there yet, the first seed of everything first."""
+    for seed in args.seeds:
+        for name in args.networks:
+            study = Study(name, args, seed)
+            for suite in args.suite:
+                for arm in suites()[suite]:
+                    if args.arms and arm.name not in args.arms:
+                        continue
+                    for scheme in arm.schemes:
+                        key = (name, suite, arm.name, scheme, str(seed))
+                        if scheme in args.schemes and key not in done:
+                            yield study.row(suite, arm, scheme)
+
+
+def summary(path: Path) -> str:
+    """Top-1 in percent, mean and standard error over the seeds, a table for each suite and network."""
+    cells: dict[tuple[str, str, str, str], list[float]] = defaultdict(list)
+    float_top1: dict[str, str] = {}
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            cells[row["suite"], row["network"], row["arm"], row["scheme"]].append(100 * float(row["top1"]))
+            float_top1[row["network"]] = f"{100 * float(row['fp_top1']):.2f}"
+
+    def text(values: list[float]) -> str:
+        if not values:
+            return ""
+        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.2f}{error}"
+
+    lines = []
+    for suite, network in dict.fromkeys(key[:2] for key in cells):
+        mine = [key for key in cells if key[:2] == (suite, network)]
+        schemes = [s for s in ("w4a4", "w2a4", "w2a2") if any(key[3] == s for key in mine)]
+        lines.append(f"| {network}, {suite} (float {float_top1[network]}) | " + " | ".join(schemes) + " |")
+        lines.append("|---" * (len(schemes) + 1) + "|")
+        for arm in dict.fromkeys(key[2] for key in mine):
+            lines.append(f"| {arm} | " + " | ".join(text(cells[suite, network, arm, s]) for s in schemes) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["convnet", "vit"])
+    parser.add_argument("--suite", nargs="+", default=["methods"], choices=list(suites()))
+    parser.add_argument("--arms", nargs="+", help="only these")
+    parser.add_argument("--schemes", nargs="+", default=["w2a2", "w4a4", "w2a4"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser.add_argument("--summary", action="store_true", help="only print the tables of what is measured")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    done: set[tuple[str, ...]] = set()
+    if args.out.exists():
+        with args.out.open() as file:
+            done = {(r["network"], r["suite"], r["arm"], r["scheme"], r["seed"]) for r in csv.DictReader(file)}
+    if not args.summary:
+        with args.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            if not done:
+                writer.writeheader()
+            for row in measure(args, done):
+                writer.writerow(row)
+                file.flush()
+                print({k: row[k] for k in ("network", "arm", "scheme", "seed", "top1", "train_seconds")}, flush=True)
+    print(summary(args.out))
+
+
+if __name__ == "__main__":
+    main()
