@@ -62,20 +62,20 @@ class ConfidenceGuidedAnnealing(Ingredient):
             tap.band = self.band
         # grids that are statistics follow the weights, whose storage they share
         self.frozen = [(w, ~near_threshold(w, tap.grid, self.band), w.detach().clone()) for _, w, tap in self.weights]
-        for weight, tap in self.rebuilt:
-            frozen = torch.zeros_like(weight, dtype=torch.bool)
-            if isinstance(tap, StatsQuantizer):
-                value = weight.chunk(3)[2]
-                frozen.chunk(3)[2].copy_(~near_threshold(value, tap.grid, self.band))
-            self.frozen.append((weight, frozen, weight.detach().clone()))
+        for latent, quantizer in self.rebuilt:
+            frozen = torch.zeros_like(latent, dtype=torch.bool)
+            if isinstance(quantizer, StatsQuantizer):
+                value = latent.chunk(3)[2]
+                frozen.chunk(3)[2].copy_(~near_threshold(value, quantizer.grid, self.band))
+            self.frozen.append((latent, frozen, latent.detach().clone()))
 
     def around(self, run: Run, compute: Compute) -> Tensor:
         loss = compute()
         if self.frozen:
-            for weight, _ in self.rebuilt:
-                frozen = next(mask for parameter, mask, _ in self.frozen if parameter is weight)
-                query_key = slice(0, 2 * len(weight) // 3)
-                frozen[query_key] = True if weight.grad is None else weight.grad[query_key] == 0
+            for latent, _ in self.rebuilt:
+                mask = next(mask for parameter, mask, _ in self.frozen if parameter is latent)
+                query_key = slice(0, 2 * len(latent) // 3)
+                mask[query_key] = True if latent.grad is None else latent.grad[query_key] == 0
         for weight, frozen, _ in self.frozen:
             if weight.grad is not None:
                 weight.grad.masked_fill_(frozen, 0.0)
