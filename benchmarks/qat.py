@@ -30,6 +30,10 @@ from planish.flattening import FlattenSettings, flatten, plain
 from planish.models import load_model
 from planish.ptq import quantize
 from planish.qat import METHODS, Method, QATSettings, get_method, train_quantized
+from planish.qat.cr import CR
+from planish.qat.fpq import FPQ
+from planish.qat.mec import MEC
+from planish.qat.ofq import OFQ
 from planish.training import TrainingSettings
 
 LR = {"vit": 2e-3}  # peak; chosen on held-out images among 5e-4, 1e-3, 2e-3, 4e-3. The other network has the default
@@ -52,14 +56,28 @@ def suites() -> dict[str, list[Arm]]:
     methods = [Arm("rtn"), Arm("tuned, rtn", start="tuned"), Arm("flat, rtn", start="flat only")]
     methods += [Arm("lsq, last weights", Method(), averaging=None)]
     methods += [Arm(name, get_method(name)) for name in METHODS]
-    low = {"schemes": ("w2a2",)}
+    low: dict[str, Any] = {"schemes": ("w2a2",)}
     starts = [
         Arm("given, lsq", Method(), **low),
         Arm("flat, lsq", Method(), start="flat", **low),
         Arm("given, kd", get_method("kd"), **low),
         Arm("flat, kd", get_method("kd"), start="flat", **low),
     ]
-    return {"methods": methods, "starts": starts}
+    ablations = [
+        Arm("lsq", Method(), **low),
+        Arm("fpq: perturbation only", FPQ(csd=0.0), **low),
+        Arm("fpq: distillation only", FPQ(p=0.0), **low),
+        Arm("fpq", FPQ(), **low),
+        Arm("ofq: StatsQ", OFQ(query_key=False, annealing=0.0, activations="lsq"), **low),
+        Arm("ofq: StatsQ, shifts", OFQ(query_key=False, annealing=0.0), **low),
+        Arm("ofq: StatsQ, shifts, query-key", OFQ(annealing=0.0), **low),
+        Arm("ofq", OFQ(), **low),
+        *(Arm(f"mec, {n} experts", MEC(experts=n), **low) for n in (1, 4, 8)),
+        Arm("lsq, 10 % of the labels", Method(), labels=1000, **low),
+        Arm("cr, 10 % of the labels", CR(), labels=1000, **low),
+        Arm("cr", CR(), **low),
+    ]
+    return {"methods": methods, "starts": starts, "ablations": ablations}
 
 
 FIELDS = ["network", "checkpoint", "fp_top1", "suite", "arm", "method", "options", "start", "scheme", "seed", "top1",
