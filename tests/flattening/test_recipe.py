@@ -36,7 +36,9 @@ def test_same_class_same_keys_and_the_given_model_is_untouched(make, kind):
     model.train()
     model[0].eval() if make is tiny.conv else None
     modes = [m.training for m in model.modules()]
-    settings = replace(LOUD, weight_noise=kind, output_error=0.1, distillation=1.0, sam=0.02, clip_weights=True)
+    settings = replace(
+        LOUD, weight_noise=kind, output_error=0.1, distillation=1.0, sam=0.02, clip_weights=kind != "iid"
+    )
     flat = flatten(model, tiny.loader(size=16 if make is tiny.vit else 8), "w3a3", settings=settings, epochs=1, seed=3)
     assert tiny.same(model, make())
     assert [m.training for m in model.modules()] == modes
@@ -138,3 +140,28 @@ def test_mistakes_get_a_sentence(call, message):
 def test_a_diverging_run_says_so():
     with pytest.raises(TrainingFailed, match="lower the learning rate"):
         flatten(tiny.mlp(), tiny.loader(), settings=plain(tiny.settings(lr=1e30, clip_norm=None, epochs=3)))
+
+
+def test_a_pattern_that_matches_nothing_is_refused_without_noise_too():
+    with pytest.raises(PlanishError, match="allow='nowhere' matches no matrix product"):
+        flatten(tiny.conv(), tiny.loader(), settings=plain(tiny.settings(epochs=1)), allow="nowhere")
+
+
+def test_sam_alone_needs_no_product_in_reach():
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 4)
+
+        def forward(self, x):
+            return self.head(self.rnn(x[:, 0])[0][:, -1])
+
+    settings = plain(tiny.settings(epochs=1), sam=0.05)
+    assert torch.isfinite(flatten(Recurrent(), tiny.loader(), settings=settings)(torch.randn(2, 1, 8, 8))).all()
+    with pytest.raises(PlanishError, match="no tap can reach it"):
+        flatten(Recurrent(), tiny.loader(), settings=LOUD)
+
+
+def test_noise_of_the_update_has_nothing_to_clip():
+    with pytest.raises(PlanishError, match="nothing to clip"):
+        flatten(tiny.conv(), tiny.loader(), settings=replace(LOUD, weight_noise="iid", clip_weights=True))

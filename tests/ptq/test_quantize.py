@@ -222,3 +222,17 @@ def test_more_bits_leave_less_error():
     errors = [(run(quantize(model, [example], f"w{b}a{b}"), example) - expected).norm().item() for b in (2, 4, 6, 8)]
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.1 * errors[0]
+
+
+def test_a_pass_is_logged_as_it_ends():
+    class Fails:
+        name = "fails"
+
+        def __call__(self, calibration):
+            raise PlanishError("no")
+
+    records = []
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3))
+    with pytest.raises(PlanishError, match="no"):
+        quantize(model, [torch.randn(5, 4)], "w4a4", [Calibrate(), Fails()], log=records.append)
+    assert [record["pass"] for record in records] == ["calibrate"]

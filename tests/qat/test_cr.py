@@ -120,7 +120,7 @@ def views_twin(teacher, student, images, extra, weight, temperature):
 def test_a_step_is_that_of_the_algorithm():
     """The loss of every step of a training, against models that are copied before the step."""
     consistency = ConsistencyRegularization(
-        2.0, ramp=0.0, decay=0.5, temperature=1.5, shift=0.25, strength=0.5, unlabelled=[draw(4, 1, 16, 16, seed=7)]
+        2.0, ramp=0.0, decay=0.7, temperature=1.5, shift=0.25, strength=0.5, unlabelled=[draw(4, 1, 16, 16, seed=7)]
     )
     losses, twins, teachers = [], [], []
 
@@ -137,7 +137,7 @@ def test_a_step_is_that_of_the_algorithm():
             torch.set_rng_state(state)
 
         def after_step(self, run):
-            decay = min(1 - 1 / (run.step + 2), 0.5)
+            decay = min(1 - 1 / (run.step + 2), 0.7)
             with torch.no_grad():
                 for mine, theirs in zip(self.teacher.parameters(), run.model.parameters(), strict=True):
                     mine.copy_(decay * mine + (1 - decay) * theirs)

@@ -87,13 +87,18 @@ class FlattenSettings:
     training: TrainingSettings = field(default_factory=TrainingSettings)
 
     @property
-    def perturbs(self) -> bool:
-        """Whether any step is computed elsewhere than at the clean weights and activations."""
+    def imitates(self) -> bool:
+        """Whether any step imitates the errors of a quantizer, for which every product has to be in reach."""
         weights = self.clip_weights or (self.weight_noise != "none" and self.weight_gain > 0)
         activations = self.activation_noise == "residual" or (
             self.activation_noise != "none" and self.activation_gain > 0
         )
-        return weights or activations or self.clip_activations or self.sam > 0
+        return weights or activations or self.clip_activations
+
+    @property
+    def perturbs(self) -> bool:
+        """Whether any step is computed elsewhere than at the clean weights and activations."""
+        return self.imitates or self.sam > 0
 
     @property
     def averages(self) -> bool:
@@ -144,6 +149,7 @@ def flatten(
     given: dict[str, Any] = {"epochs": epochs, "seed": seed}
     training = replace(settings.training, **{k: v for k, v in given.items() if v is not None})
     settings = replace(settings, training=training)
+    allow = (allow,) if isinstance(allow, str) else tuple(allow)
     flat = copy.deepcopy(model)
     accelerator = make_accelerator(training.mixed_precision)
     flat.to(accelerator.device)
@@ -152,10 +158,12 @@ def flatten(
         raise PlanishError("the training loader yields no batch: give it at least one image")
     schemes = [scheme] if isinstance(scheme, (str, Scheme)) else list(scheme)
     plans: list[Assignment] = []
-    if settings.perturbs:
+    if settings.imitates or allow:
         example = first_image(to_device(split_batch(batch)[0], accelerator.device))
         watched = watch(flat, example)
         plans = [assign(watched, one, allow=allow) for one in schemes]
+    if not settings.imitates:
+        plans = []  # what `allow` names was looked up, and nothing is tapped
     ingredients = make_ingredients(settings, model, plans)
     train(
         flat, loader, ingredients, training, accelerator=accelerator, checkpoint_dir=checkpoint_dir, resume=resume,

@@ -56,6 +56,8 @@ class WeightNoise(Ingredient):
             raise PlanishError(f"weight noise is {kind!r}: choose one of {', '.join(KINDS)}")
         if not 0 < part <= 1:
             raise PlanishError(f"part of the weights to round is {part}: give a share in (0, 1]")
+        if kind == "iid" and clip:
+            raise PlanishError("weight noise iid is added at the update, so there is nothing to clip: leave clip out")
         self.assignments = (assignment,) if isinstance(assignment, Assignment) else tuple(assignment)
         self.kind, self.gain, self.part, self.clip = kind, gain, part, clip
         self.schedule = Schedule(start, until, share, refresh, seed)

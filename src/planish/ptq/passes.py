@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -48,8 +48,14 @@ def measure(calibration: Calibration) -> dict[str, float]:
     return {"mse": F.mse_loss(logits, reference).item(), "agreement": agreement}
 
 
-def run_passes(calibration: Calibration, passes: Sequence[Pass]) -> None:
-    """Apply the passes in order; each leaves a line in the log with what it changed and how long it took."""
+def run_passes(
+    calibration: Calibration, passes: Sequence[Pass], log: Callable[[dict[str, Any]], None] | None = None
+) -> None:
+    """Apply the passes in order; each leaves a line in the log with what it changed and how long it took.
+
+    Args:
+        log: receives the line as soon as the pass has ended.
+    """
     before = measure(calibration)
     for step in passes:
         began = time.perf_counter()
@@ -59,4 +65,6 @@ def run_passes(calibration: Calibration, passes: Sequence[Pass]) -> None:
         calibration.log.append(
             {"event": "pass", "pass": step.name, "before": before, "after": after, "seconds": seconds}
         )
+        if log:
+            log(calibration.log[-1])
         before = after

@@ -34,7 +34,7 @@ def quantize(
         scheme: ``"w4a4"`` and the like, or a :class:`~planish.scheme.Scheme`.
         method: the name of a method, or a list of passes.
         allow: shell patterns of products that may stay in float.
-        log: receives one record per pass (loss and agreement before and after, seconds).
+        log: receives one record per pass, as it ends (loss and agreement before and after, seconds).
 
     Returns:
         A model of the same behaviour whose matrix products see quantized operands. Its attribute
@@ -53,9 +53,6 @@ def quantize(
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     plan = assign(watch(twin, first_image(batches[0])), scheme, allow=allow)
     work = Calibration(twin, batches, plan, run_logits(twin, batches))
-    run_passes(work, passes)
-    for record in work.log:
-        if log:
-            log(record)
+    run_passes(work, passes, log)
     twin.planish_assignment = plan  # type: ignore[assignment]
     return twin
