@@ -137,7 +137,7 @@ def test_a_step_is_that_of_the_algorithm():
             torch.set_rng_state(state)
 
         def after_step(self, run):
-            decay = min(1 - 1 / (run.step + 2), 0.7)
+            decay = min((2 + run.step) / (11 + run.step), 0.7)
             with torch.no_grad():
                 for mine, theirs in zip(self.teacher.parameters(), run.model.parameters(), strict=True):
                     mine.copy_(decay * mine + (1 - decay) * theirs)

@@ -98,7 +98,8 @@ class ConsistencyRegularization(Ingredient):
     Args:
         weight: the weight that the ramp reaches (lambda).
         ramp: share of the run over which it rises.
-        decay: of the average, at most (a); after t steps it is ``min(1 - 1 / (t + 1), decay)``.
+        decay: of the average, at most (a); after t steps it is ``min((1 + t) / (10 + t), decay)``. With an equal
+            average of all steps, ``1 - 1 / (t + 1)``, the bad first steps made a poor teacher for a hundred steps.
         temperature: of both distributions.
         shift, flip: of a second view, see :func:`planish.data.views.random_view`.
         strength: of the distortion of what the student sees of unlabelled images, see
@@ -176,7 +177,7 @@ class ConsistencyRegularization(Ingredient):
     def after_step(self, run: Run) -> None:
         self.target, self.extra = None, None
         self.count += 1
-        follow(self.average, run.model, min(1 - 1 / (self.count + 1), self.decay))
+        follow(self.average, run.model, min((1 + self.count) / (10 + self.count), self.decay))
 
     @torch.no_grad()
     def finish(self, run: Run) -> None:
@@ -211,7 +212,7 @@ class CR(Method):
     summary: ClassVar[str] = "agreement with its own moving average on another view, also without labels"
     paper: ClassVar[str] = "in the manner of Pang et al. 2024, arXiv 2402.13497"
 
-    weight: float = 1.0
+    weight: float = 0.3
     ramp: float = 0.3
     decay: float = 0.999
     sharpness: float = 1.0
