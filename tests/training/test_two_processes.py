@@ -54,6 +54,11 @@ def test_half_the_batch_each_equals_the_whole(found):
     assert first == pytest.approx(alone, abs=1e-5)
 
 
+@pytest.mark.parametrize("method", ["kd", "fpq", "cr", "mec", "freeze"])
+def test_a_quantized_network_is_the_same_in_both(found, method):
+    assert found[0][method] == found[1][method]
+
+
 @pytest.mark.parametrize("what", ["noisy", "recorded", "flat"])
 def test_processes_agree(found, what):
     assert found[0][what] == found[1][what]

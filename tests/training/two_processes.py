@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from planish.evaluation import evaluate, predict
 from planish.flattening import ActivationNoise, FlattenSettings, WeightNoise, flatten
+from planish.qat import QATSettings, train_quantized
 from planish.training import Ingredient, Interrupted, TrainingFailed, make_accelerator
 from tests.training import tiny
 
@@ -51,6 +52,11 @@ def main():
     settings = FlattenSettings(training=tiny.settings(epochs=1), reestimate_batches=2)
     batches = DataLoader(tiny.data(), 4 // world, shuffle=True)  # shuffled by the global generator
     found["flat"] = numbers(flatten(tiny.conv(), batches, settings=settings))
+
+    trained = QATSettings(averaging=0.9, training=tiny.settings(epochs=1))
+    for method in ("kd", "fpq", "cr", "mec", "freeze"):
+        model = train_quantized(tiny.conv(), tiny.loader(n=32, batch=8 // world), "w4a4", method, settings=trained)
+        found[method] = numbers(model)
 
     images, labels = torch.randn(7, 4, generator=torch.Generator().manual_seed(0)), torch.arange(7) % 4
     found["evaluation"] = evaluate(torch.nn.Identity(), DataLoader(TensorDataset(images, labels), 2))
