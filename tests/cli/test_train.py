@@ -112,7 +112,7 @@ def test_a_start_of_another_scheme_or_without_quantizers(tiny, planish):
 
 def test_methods_shows_the_options_of_one(planish):
     listing = planish("methods")
-    assert "training methods (planish train --method)" in listing.out
+    assert "training methods (--method of planish train)" in listing.out
     ended = planish("methods", "fpq")
     assert ended.status == 0
     assert "p=0.1" in ended.out

@@ -24,7 +24,7 @@ def execute(command: Methods) -> None:
         return
     groups: dict[str, list[tuple[str, str, str]]] = {
         "quantization methods (--methods, --method)": [(m.name, m.summary, m.paper) for m in METHODS.values()],
-        "training methods (planish train --method)": [(m.name, m.summary, m.paper) for m in TRAINING.values()],
+        "training methods (--method of planish train)": [(m.name, m.summary, m.paper) for m in TRAINING.values()],
         "arms (--arms)": [(arm.name, arm.summary, arm.paper) for arm in ARMS.values()],
         "weight noise of the flat arm (--weight-noise)": [(k, text, "") for k, text in WEIGHT_KINDS.items()],
         "activation noise of the flat arm (--activation-noise)": [
