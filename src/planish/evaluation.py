@@ -33,9 +33,9 @@ def evaluate(
     """Measure a classifier on labelled images; several processes share the work and count each image once.
 
     Args:
-        model: the classifier; its train/eval mode is restored.
+        model: the classifier; its train/eval mode is restored. It is moved to the accelerator's device and stays there.
         loader: batches of (inputs, labels).
-        reference: a model, or its logits in the order of the loader, to count flips against.
+        reference: a model (moved, too), or its logits in the order of the loader, to count flips against.
         progress: called after each batch with (batches done, batches).
 
     Returns:
@@ -81,7 +81,10 @@ def predict(
     accelerator: Accelerator | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor, float]:
-    """Logits (N, classes), labels (N,) and the seconds that it took, on the CPU, in the order of the loader."""
+    """Logits (N, classes), labels (N,) and the seconds that it took, on the CPU, in the order of the loader.
+
+    The model is moved to the accelerator's device and stays there.
+    """
     accelerator = accelerator or make_accelerator(None)
     shared = isinstance(loader, torch.utils.data.DataLoader)  # among the processes; another iterable is read by each
     prepared: Any = accelerator.prepare_data_loader(loader) if shared else loader  # type: ignore[arg-type]

@@ -125,6 +125,27 @@ def test_state_round_trip():
     assert torch.equal(pool.values, other.values)
 
 
+def test_the_state_of_a_pool_with_another_seed_says_how_far_this_one_has_come():
+    """Of several processes, each with its own seed, only the first writes a checkpoint."""
+
+    def run(seed, steps):
+        pool = NoisePool("gaussian", seed, size=3 * RENEWED)
+        for step in range(steps):
+            pool.renew(step)
+            pool.read(2 * RENEWED if step < 2 else 5 * RENEWED if step < 5 else 9 * RENEWED)  # it grows twice
+        return pool
+
+    for steps in (0, 1, 4, 7):
+        other = NoisePool("gaussian", 2)
+        other.load_state_dict(run(1, steps).state_dict())
+        whole = run(2, steps)
+        for step in range(steps, steps + 3):
+            whole.renew(step)
+            other.renew(step)
+            assert torch.equal(whole.read(500), other.read(500))
+        assert torch.equal(whole.values, other.values)
+
+
 def test_law_is_checked():
     with pytest.raises(PlanishError, match="gaussian or uniform"):
         NoisePool("cauchy", 0)

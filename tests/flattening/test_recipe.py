@@ -147,15 +147,23 @@ def test_a_pattern_that_matches_nothing_is_refused_without_noise_too():
         flatten(tiny.conv(), tiny.loader(), settings=plain(tiny.settings(epochs=1)), allow="nowhere")
 
 
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.head(self.rnn(x[:, 0])[0][:, -1])
+
+
+def test_a_pattern_without_noise_need_not_name_every_product_out_of_reach():
+    model, settings = Recurrent(), plain(tiny.settings(epochs=1))
+    assert not tiny.same(flatten(model, tiny.loader(), settings=settings, allow="head"), model)
+    with pytest.raises(PlanishError, match="allow='hat' matches no matrix product"):
+        flatten(model, tiny.loader(), settings=settings, allow="hat")
+
+
 def test_sam_alone_needs_no_product_in_reach():
-    class Recurrent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn, self.head = nn.LSTM(8, 4, batch_first=True), nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.head(self.rnn(x[:, 0])[0][:, -1])
-
     settings = plain(tiny.settings(epochs=1), sam=0.05)
     assert torch.isfinite(flatten(Recurrent(), tiny.loader(), settings=settings)(torch.randn(2, 1, 8, 8))).all()
     with pytest.raises(PlanishError, match="no tap can reach it"):

@@ -1,11 +1,15 @@
 """No product is left out silently; the edges get their own bits."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from planish.errors import PlanishError
 from planish.network import assign, watch
+from planish.network.batches import first_image
+from planish.ptq import quantize
 from planish.scheme import Scheme
 from tests.network.zoo import build
 
@@ -102,6 +106,44 @@ def test_weights_only_leaves_every_activation_in_float():
 def test_a_tied_weight_is_quantized_once():
     plan = assign(watch(*build("twice")), "w4a4")
     assert [s.name for s, _ in plan.quantized()].count("body.weight") == 1
+
+
+def by_token(name="w4a4"):
+    scheme = Scheme.parse(name)
+    return replace(scheme, activations=replace(scheme.activations, granularity="token"))
+
+
+def per_token(model, example):
+    formats = assign(watch(model, first_image(example)), by_token()).formats
+    return {name for name, fmt in formats.items() if fmt and fmt.granularity == "token"}
+
+
+def test_tokens_get_a_scale_each_where_dimension_minus_two_holds_them():
+    found = per_token(*build("vit_gray_28"))
+    block = {"attn.qkv.input", "attn.proj.input", "mlp.fc1.input", "mlp.fc2.input", "attn.attention_qk_query",
+             "attn.attention_av_probabilities", "attn.attention_av_value"}  # fmt: skip
+    # not the key, which the product takes as (features, tokens), nor the image, nor the pooled features
+    assert found == {f"blocks.{i}.{name}" for i in (0, 1) for name in block}
+
+
+@pytest.mark.parametrize("name", ["convolutions", "twice", "test_resnet"])
+def test_images_and_pooled_features_get_one_scale(name):
+    assert per_token(*build(name)) == set()
+
+
+def test_a_sequence_first_layer_gets_one_scale():
+    found = per_token(*build("torchvision_vit"))
+    assert not any(name.endswith("self_attention.linear_input") for name in found)
+    assert any(name.endswith("attention_qk_query") for name in found)
+
+
+@pytest.mark.parametrize("name", ["vit_gray_28", "torchvision_vit", "encoder", "convolutions", "swin"])
+def test_a_scale_for_each_token_survives_another_batch_size(name):
+    model, example = build(name)
+    quantized = quantize(model, [example], by_token())
+    more = torch.cat([example, example[:1]])
+    with torch.no_grad():
+        torch.testing.assert_close(quantized(more)[:2], quantized(example), atol=1e-4, rtol=1e-4)
 
 
 def test_a_vector_gets_one_scale():

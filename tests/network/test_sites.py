@@ -64,6 +64,25 @@ def test_einsum_and_bmm_operands():
     assert [s.role for s in watched.products[1].sites] == ["operand", "operand"]
 
 
+@pytest.mark.parametrize(
+    ("equation", "shapes", "macs"),
+    [
+        ("bnc,oc->bno", [(2, 3, 1), (4, 1)], 12),
+        ("bi,io->bo", [(2, 1), (1, 5)], 5),
+        ("bic,boc->bio", [(2, 3, 1), (2, 4, 1)], 12),
+        ("bi,io,oj->bj", [(2, 1), (1, 5), (5, 2)], 7),  # in two halves: 2 and, once for the whole batch, 10
+    ],
+)
+def test_an_einsum_over_a_dimension_of_size_one_is_a_product(equation, shapes, macs):
+    class Contract(nn.Module):
+        def forward(self, *operands):
+            return torch.einsum(equation, *operands)
+
+    watched = watch(Contract(), tuple(torch.randn(shape) for shape in shapes))
+    assert [(p.name, p.macs, len(p.sites)) for p in watched.products] == [("einsum", macs, len(shapes))]
+    assert not watched.unreachable
+
+
 def test_weights_by_position():
     conv1d = watch(*build("gpt2")).products[0]
     assert (conv1d.operator, conv1d.weight.name, conv1d.weight.channel_axis) == ("addmm", "up.weight", -1)

@@ -132,6 +132,22 @@ def test_a_tap_at_every_site_has_an_effect(name):
             assert not torch.allclose(run(model, example), expected, atol=1e-7), target.name
 
 
+def test_an_einsum_over_a_dimension_of_size_one_is_tapped():
+    class Single(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.randn(5, 1))
+
+        def forward(self, x):
+            return torch.einsum("bnc,oc->bno", x, self.w)
+
+    model, x = Single(), torch.randn(2, 3, 1)
+    expected = model(x)
+    taps = attach(model, watch(model, x).products, Scale)
+    assert set(taps) == {"einsum_operand0", "w"}
+    torch.testing.assert_close(model(x), 4 * expected)
+
+
 def test_values_by_hand():
     model = nn.Sequential(nn.Linear(3, 2))
     x = torch.randn(4, 3)
@@ -255,6 +271,34 @@ def test_watching_a_tapped_model_is_an_error():
     attach(model, watch(model, example).products, Count)
     with pytest.raises(PlanishError, match="has taps already"):
         watch(model, example)
+
+
+# what nn.ModuleDict refuses as keys, for they are names of its methods
+@pytest.mark.parametrize("name", ["keys", "values", "items", "pop", "clear", "update"])
+def test_parameters_may_have_names_of_methods(name):
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(4, 4)
+            self.register_parameter(name, nn.Parameter(torch.randn(4, 3)))
+
+        def forward(self, x):
+            return self.lin(x) @ getattr(self, name)
+
+    model, x = Odd(), torch.randn(2, 4)
+    expected = model(x)
+    taps = attach(model, watch(model, x).products, Scale)
+    assert {f"planish_taps.{name}.factor", "lin.planish_taps.weight.factor"} <= set(model.state_dict())
+    assert dict(taps_of(model)) == taps
+    twin = copy.deepcopy(model)
+    assert torch.equal(twin(x), model(x))
+    twin.load_state_dict({key: value + 1 for key, value in model.state_dict().items()})
+    assert dict(twin.named_parameters())[f"planish_taps.{name}.factor"] == 3
+    assert model.double()(x.double()).dtype == torch.float64
+    exported = torch.export.export(model, (x.double(),), strict=False)
+    torch.testing.assert_close(exported.module()(x.double()), model(x.double()))
+    detach(model)
+    torch.testing.assert_close(model.float()(x), expected)
 
 
 @pytest.mark.parametrize("wrap", ["weight_norm", "spectral_norm"])

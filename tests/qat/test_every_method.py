@@ -88,7 +88,7 @@ class Modes(Ingredient):
 
 def settings_of(model):
     """Every eps, momentum and rate of a model's own modules; other tools lose them when modes are switched."""
-    names = ("eps", "momentum", "p", "drop_prob", "affine", "track_running_stats")
+    names = ("eps", "momentum", "p", "drop_prob", "drop_rate", "affine", "track_running_stats")
     found = {}
     for path, module in model.named_modules():
         if "planish_taps" not in path:
@@ -101,6 +101,7 @@ def odd():
     model = build(RESNET)
     for i, norm in enumerate(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.eps, norm.momentum = 1e-3 * (i + 1), 0.01 * (i + 1)
+    model.act1 = nn.Sequential(model.act1, nn.Dropout(0.15))  # timm's own is a function, its rate an attribute
     return model
 
 
@@ -108,6 +109,7 @@ def odd():
 def test_batchnorm_dropout_and_stochastic_depth_keep_their_values(name):
     model, modes = odd(), Modes()
     before = settings_of(model)
+    assert {"act1.1.p", ".drop_rate"} < set(before)
     assert any(key.endswith("drop_prob") for key in before)
     trained = train_quantized(model, batches(), "w4a4", name, settings=SETTINGS, extra=[modes])
     for seen in (modes.seen, settings_of(trained), settings_of(model)):

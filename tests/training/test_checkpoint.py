@@ -1,13 +1,15 @@
 import errno
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from safetensors import SafetensorError
 
 from planish.errors import PlanishError
 from planish.flattening import ActivationNoise, WeightNoise
-from planish.training import Averaging, checkpoint
+from planish.training import Averaging, checkpoint, make_accelerator
 from tests.training import tiny
 
 
@@ -84,8 +86,43 @@ def test_damaged_checkpoint_gets_a_sentence(tmp_path, damage):
     if damage == "other kind":
         ingredients.reverse()
     with pytest.raises(PlanishError, match=r"cannot be continued from .*delete it to start over"):
-        tiny.fit(model, ingredients, checkpoint_dir=tmp_path / "c", resume=True)
+        tiny.fit(model, ingredients, checkpoint_dir=tmp_path / "c", resume=True, run_settings=tiny.settings(epochs=1))
     assert not any("planish_taps" in name for name, _ in model.named_modules())
+
+
+def prepared(scaler=None):
+    accelerator, model = make_accelerator(), tiny.mlp()
+    return model, AcceleratedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), scaler=scaler), [], accelerator
+
+
+def test_the_scale_of_the_losses_goes_on_where_it_was(tmp_path):
+    def scaler():  # fp16 is for accelerators only, its scaler is not
+        return torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+
+    model, optimizer, ingredients, accelerator = prepared(scaler())
+    for _ in range(3):  # the scale has grown once, and is half way to the next time
+        optimizer.scaler.scale(model(torch.randn(2, 64)).sum()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    checkpoint.save(tmp_path / "c", model, optimizer, ingredients, accelerator, 3)
+    model, again, ingredients, _ = prepared(scaler())
+    assert checkpoint.load(tmp_path / "c", model, again, ingredients) == 3
+    assert again.scaler.state_dict() == optimizer.scaler.state_dict()
+    assert again.scaler.get_scale() == 2048.0
+    assert again.scaler.state_dict()["_growth_tracker"] == 1
+    model, plain, ingredients, _ = prepared()
+    assert checkpoint.load(tmp_path / "c", model, plain, ingredients) == 3
+
+
+def test_other_settings_are_refused_by_name(tmp_path):
+    run = prepared()
+    settings = {**asdict(tiny.settings()), "steps": 12}
+    checkpoint.save(tmp_path / "c", *run, 5, settings=settings)
+    assert checkpoint.load(tmp_path / "c", *run[:3], settings=settings) == 5
+    assert checkpoint.load(tmp_path / "c", *run[:3]) == 5
+    other = {**settings, "lr": 0.1, "epochs": 4}
+    with pytest.raises(PlanishError, match=r"other settings \(epochs was 2, is 4; lr was 0\.05, is 0\.1\): give the"):
+        checkpoint.load(tmp_path / "c", *prepared()[:3], settings=other)
 
 
 def test_an_incomplete_folder_is_no_checkpoint(tmp_path):

@@ -1,47 +1,23 @@
 """Two processes on this machine (gloo) against one."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
+from tests.processes import finish, start_two
 from tests.training import two_processes
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
 def found():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    base = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE")} | {
-        "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT}", "CUDA_VISIBLE_DEVICES": "",
-        "ACCELERATE_USE_CPU": "true",
-    }  # fmt: skip
-    ranks = [
-        base | {"WORLD_SIZE": "2", "RANK": str(r), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": "2",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        for r in range(2)
-    ]  # fmt: skip
-    command = [sys.executable, "-m", "tests.training.two_processes"]
-    running = [
-        subprocess.Popen(command, env=env, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-        for env in ranks
-    ]
+    running = start_two("tests.training.two_processes")
     try:
         alone = two_processes.main()
-        results = [process.communicate(timeout=100) for process in running]
-    finally:
+    except BaseException:
         for process in running:
             process.kill()
-    for process, (_, errors) in zip(running, results, strict=True):
-        assert process.returncode == 0, errors[-3000:]
-    return [*(json.loads(out.splitlines()[-1]) for out, _ in results), alone]
+        raise
+    return [*(json.loads(out.splitlines()[-1]) for out, _ in finish(running)), alone]
 
 
 def test_there_are_two(found):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from planish.cli.options import Evaluate
@@ -13,6 +12,7 @@ from planish.evaluation import evaluate, predict
 from planish.models import EMBEDDED_MODELS, check_classes, load_model
 from planish.ptq.files import load_quantized
 from planish.recipes.check import check_models
+from planish.recipes.processes import make_console
 from planish.recipes.session import free_cores, say
 
 FORMATS = {
@@ -31,7 +31,7 @@ def execute(command: Evaluate) -> None:
     check_models(options)
     if command.file and options.weights:
         raise PlanishError(f"give either the file {command.file} or --weights {options.weights}, not both")
-    console = Console()
+    console = make_console()
     torch.set_num_threads(options.threads or free_cores())
     quantized = load_quantized(command.file, trust=command.trust) if command.file else None
     if quantized is not None:

@@ -6,10 +6,15 @@ import os
 from pathlib import Path
 
 from planish.errors import PlanishError
+from planish.recipes.processes import on_main
 
 
 def check_target(path: Path, overwrite: bool) -> None:
     """Raise PlanishError, before anything long begins, if a file cannot be written to ``path`` or is already there."""
+    on_main(lambda: _check_target(path, overwrite))
+
+
+def _check_target(path: Path, overwrite: bool) -> None:
     folder = path.parent
     if not folder.is_dir():
         raise PlanishError(f"--out {path}: the folder {folder} does not exist; make it first")

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from rich.console import Console
 
 from planish.cli.files import check_target
 from planish.cli.options import Flatten
@@ -15,6 +14,7 @@ from planish.recipes.check import check_models, check_training
 from planish.recipes.config import RunConfig, flat_dict
 from planish.recipes.kept import Kept
 from planish.recipes.material import prepare
+from planish.recipes.processes import is_main, make_console
 from planish.recipes.session import free_cores, say, stoppable
 from planish.recipes.trained import train_arm
 from planish.recipes.work import Work
@@ -27,7 +27,7 @@ def execute(command: Flatten) -> None:
     check_models(command.models)
     check_training(command.train, command.noise)
     check_target(command.out, command.overwrite)
-    console = Console()
+    console = make_console()
     kept = Kept(command.out)
     before = kept.before()
     threads = command.models.threads or int(before.get("threads", 0)) or free_cores()
@@ -48,7 +48,8 @@ def execute(command: Flatten) -> None:
                 stop=stop, progress=work.at, last_good=kept.last_good,
             )  # fmt: skip
             work.end()
-        save_weights(flat, command.out, {"format": "pt"})
+        if is_main():
+            save_weights(flat, command.out, {"format": "pt"})
     kept.drop()
     say(
         console,

@@ -84,7 +84,9 @@ def _as_options(message: str) -> str:
 
 
 def _fail(message: str, status: int = 2) -> int:
-    print(f"planish: {message}", file=sys.stderr)
+    rank = int(os.environ.get("RANK", "0"))  # of the processes of `accelerate launch`; Ctrl-C reaches all of them
+    if not (rank and status == INTERRUPTED):
+        print(f"planish{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
     return status
 
 

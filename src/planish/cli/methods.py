@@ -8,6 +8,7 @@ import textwrap
 from dataclasses import fields
 
 from planish.cli.options import Methods
+from planish.errors import PlanishError
 from planish.flattening.activation_noise import KINDS as ACTIVATION_KINDS
 from planish.flattening.weight_noise import KINDS as WEIGHT_KINDS
 from planish.ptq import METHODS
@@ -35,6 +36,11 @@ def execute(command: Methods) -> None:
 
 
 def _options(name: str) -> None:
+    if name in METHODS:
+        _print({f"{name}: {METHODS[name].summary} [{METHODS[name].paper}]; it has no options": []})
+        return
+    if name not in TRAINING:
+        raise PlanishError(f"method {name!r} is not known: choose one of {', '.join([*METHODS, *TRAINING])}")
     method = get_method(name)
     documented = option_docs(type(method))
     entries = [(f"{f.name}={getattr(method, f.name)}", documented.get(f.name, ""), "") for f in fields(method)]
@@ -42,7 +48,7 @@ def _options(name: str) -> None:
 
 
 def _print(groups: dict[str, list[tuple[str, str, str]]]) -> None:
-    names = max(len(name) for entries in groups.values() for name, _, _ in entries)
+    names = max((len(name) for entries in groups.values() for name, _, _ in entries), default=0)
     width = max(40, shutil.get_terminal_size().columns) if sys.stdout.isatty() else 0
     for i, (heading, entries) in enumerate(groups.items()):
         print(("\n" if i else "") + heading)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from tyro.conf import Positional, arg
+from tyro.conf import Positional, UseAppendAction, arg
 
 from planish.recipes.config import ModelOptions, NoiseOptions, OptionalPath, QuantizeOptions, RunConfig, TrainOptions
 
@@ -73,12 +73,14 @@ class Train:
     """bits of weights and activations, such as w2a4"""
     method: str = "lsq"
     """`planish methods` lists them"""
-    option: Annotated[tuple[str, ...], arg(metavar="NAME=VALUE [NAME=VALUE ...]", help_behavior_hint="")] = ()
-    """options of the method; `planish methods METHOD` lists them"""
+    option: UseAppendAction[
+        Annotated[tuple[tuple[str, ...], ...], arg(metavar="NAME=VALUE [NAME=VALUE ...]", help_behavior_hint="")]
+    ] = ()
+    """options of the method, which `planish methods METHOD` lists; may be given several times"""
     start: str = "given"
-    """given, flat (flattened first), or a file that planish quantize wrote"""
+    """given, flat (flattened first), or a file that planish quantize or planish train wrote"""
     flat_epochs: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
-    """of --epochs, those that go into flattening with --start flat; default: half of them"""
+    """of --epochs, those that go into flattening with --start flat (default: half), so that all epochs stay --epochs"""
     unlabelled: OptionalPath = None
     """folder of images without labels, for a method that takes them (cr)"""
     out: Path = Path("trained.safetensors")
@@ -103,7 +105,7 @@ class Evaluate:
 
 @dataclass(frozen=True)
 class Methods:
-    """List every method with its paper, or the options of one training method."""
+    """List every method with its paper, or the options of one method."""
 
     name: Positional[Annotated[str, arg(metavar="METHOD", help_behavior_hint="")]] = ""
-    """a training method, whose options are listed"""
+    """a method, whose options are listed"""

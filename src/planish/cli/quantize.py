@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from planish.cli.files import check_target
 from planish.cli.options import Quantize
@@ -15,6 +14,7 @@ from planish.ptq.files import save_quantized, weights_megabytes
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig
 from planish.recipes.material import prepare
+from planish.recipes.processes import is_main, make_console
 from planish.recipes.session import free_cores, say
 
 
@@ -29,7 +29,7 @@ def execute(command: Quantize) -> None:
     )
     config = check_run(config)
     check_target(command.out, command.overwrite)
-    console = Console()
+    console = make_console()
     torch.set_num_threads(command.models.threads or free_cores())
     material = prepare(config, console)
 
@@ -46,7 +46,8 @@ def execute(command: Quantize) -> None:
         "model": loaded.name, "checkpoint": loaded.weights_hash, "data": material.data.name, "method": method,
         "calibration_images": material.calibration_images, "calibration_seed": command.models.seed,
     }  # fmt: skip
-    save_quantized(model, command.out, loaded.recipe, loaded.preprocessing, protocol)
+    if is_main():
+        save_quantized(model, command.out, loaded.recipe, loaded.preprocessing, protocol)
     size = weights_megabytes(model)
     say(
         console,

@@ -17,7 +17,7 @@ RUNS = Path("runs")
 def as_it_began(command: Run) -> Run:
     """The command with the settings in the run's config.toml, on which options given now are laid."""
     out = command.out or newest_interrupted()
-    values = RunFolder.open(out, resume=True).read_config()
+    values = RunFolder.open(out, resume=True, active=False).read_config()  # the run itself will check the folder
     if not values:  # killed before it had written any
         return Run(out=out)
     try:

@@ -9,13 +9,14 @@ from planish.cli.options import Run
 from planish.cli.resume import fresh_name
 from planish.recipes.config import RunConfig
 from planish.recipes.journey import run
+from planish.recipes.processes import on_main
 from planish.report.folder import RunFolder
 
 
 def execute(command: Run) -> None:
     """The whole journey, into a run folder."""
     config = RunConfig(**{item.name: getattr(command, item.name) for item in fields(RunConfig)})
-    out = command.out or fresh_name(config.models.model)
+    out = command.out or on_main(lambda: fresh_name(config.models.model))
     try:
         run(config, out, resume=command.resume)
     except KeyboardInterrupt:

@@ -30,10 +30,15 @@ class NoisePool:
         if law not in ("gaussian", "uniform"):
             raise PlanishError(f"the noise law is {law!r}: choose gaussian or uniform")
         self.law, self.seed = law, seed
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.values = self._draw(size)
+        self.generator = torch.Generator(device)
         self._offsets = random.Random(seed)
-        self._cursor = 0
+        self._begin(size)
+
+    def _begin(self, size: int) -> None:
+        self.generator.manual_seed(self.seed)
+        self.values = self._draw(size)
+        self._cursor = self._renewals = 0
+        self._sizes = [(0, size)]  # after how many renewals the pool had grown to which size
 
     @property
     def device(self) -> torch.device:
@@ -48,6 +53,10 @@ class NoisePool:
     def renew(self, step: int) -> None:
         """Begin a step: offsets depend on (seed, step) alone, and the next piece of the pool is drawn anew."""
         self._offsets.seed(f"{self.seed}/{step}")
+        self._renew_piece()
+
+    def _renew_piece(self) -> None:
+        self._renewals += 1
         piece = self.values[self._cursor : self._cursor + RENEWED]
         piece.copy_(self._draw(len(piece)))
         self._cursor = (self._cursor + RENEWED) % len(self.values)
@@ -55,10 +64,14 @@ class NoisePool:
     def read(self, count: int) -> Tensor:
         """``count`` values in a row, as a view of the pool."""
         if count + ALIGN > len(self.values):
-            self.values = torch.cat([self.values, self._draw(2 * count - len(self.values) + ALIGN)])
+            self._grow(2 * count + ALIGN)
         last = (len(self.values) - count) // ALIGN
         offset = self._offsets.randint(0, last) * ALIGN
         return self.values[offset : offset + count]
+
+    def _grow(self, size: int) -> None:
+        self.values = torch.cat([self.values, self._draw(size - len(self.values))])
+        self._sizes.append((self._renewals, size))
 
     def uniform(self) -> float:
         """One number in [0, 1), a function of (seed, step, how many were asked for in the step)."""
@@ -76,12 +89,32 @@ class NoisePool:
         return piece.view(x.shape)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"values": self.values, "generator": self.generator.get_state(), "cursor": self._cursor}
+        return {
+            "values": self.values, "generator": self.generator.get_state(), "cursor": self._cursor,
+            "seed": self.seed, "renewals": self._renewals, "sizes": self._sizes,
+        }  # fmt: skip
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back a state; that of a pool with another seed says how far this one has come.
+
+        Of several processes with a seed each, only one writes its state: the others draw theirs again.
+        """
+        if state["seed"] != self.seed:
+            self._draw_again([(renewals, size) for renewals, size in state["sizes"]], state["renewals"])
+            return
         self.values = state["values"].to(self.generator.device)
         self.generator.set_state(state["generator"].cpu())
-        self._cursor = state["cursor"]
+        self._cursor, self._renewals = state["cursor"], state["renewals"]
+        self._sizes = [(renewals, size) for renewals, size in state["sizes"]]
+
+    def _draw_again(self, sizes: list[tuple[int, int]], renewals: int) -> None:
+        self._begin(sizes[0][1])
+        for grown, size in sizes[1:]:
+            while self._renewals < grown:
+                self._renew_piece()
+            self._grow(size)
+        while self._renewals < renewals:
+            self._renew_piece()
 
 
 def grouped(x: Tensor) -> Tensor:

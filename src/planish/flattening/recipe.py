@@ -17,6 +17,7 @@ from planish.flattening.activation_noise import ActivationNoise
 from planish.flattening.weight_noise import WeightNoise
 from planish.network import Assignment, assign, reestimate_batchnorm, watch
 from planish.network.batches import first_image, split_batch, to_device
+from planish.network.coverage import check_patterns
 from planish.scheme import Scheme
 from planish.training import (
     SAM,
@@ -35,6 +36,9 @@ from planish.training.engine import equalize_buffers, step_seed
 @dataclass(frozen=True)
 class FlattenSettings:
     """What the flattening of a network depends on, beside the scheme.
+
+    The ingredients :class:`WeightNoise` and :class:`ActivationNoise` have defaults of their own: used directly, they
+    draw Gaussian noise, measure the error every 20 steps and perturb every step (``share`` 1) until 0.9 of the run.
 
     Attributes:
         weight_noise: a key of ``planish.flattening.weight_noise.KINDS``.
@@ -161,9 +165,9 @@ def flatten(
     if settings.imitates or allow:
         example = first_image(to_device(split_batch(batch)[0], accelerator.device))
         watched = watch(flat, example)
-        plans = [assign(watched, one, allow=allow) for one in schemes]
-    if not settings.imitates:
-        plans = []  # what `allow` names was looked up, and nothing is tapped
+        check_patterns(watched, allow)
+        if settings.imitates:  # else nothing is tapped, so nothing has to be in reach
+            plans = [assign(watched, one, allow=allow) for one in schemes]
     ingredients = make_ingredients(settings, model, plans)
     train(
         flat, loader, ingredients, training, accelerator=accelerator, checkpoint_dir=checkpoint_dir, resume=resume,

@@ -35,6 +35,17 @@ def _matches(product: Product, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, p) for p in patterns for name in (product.module, product.name))
 
 
+def check_patterns(watched: Watched, patterns: Iterable[str]) -> None:
+    """Raise :class:`PlanishError` on the first pattern that matches no product."""
+    everything = [*watched.products, *watched.unreachable]
+    for pattern in patterns:
+        if not any(_matches(product, (pattern,)) for product in everything):
+            raise PlanishError(
+                f"allow={pattern!r} matches no matrix product of this model; "
+                f"its products are {', '.join(p.name for p in everything[:4])}, ..."
+            )
+
+
 def check_covered(watched: Watched, allow: Iterable[str] = ()) -> tuple[Product, ...]:
     """The unreachable products that ``allow`` names; raises :class:`PlanishError` on the first one that it does not."""
     for product in watched.unreachable:
@@ -54,15 +65,18 @@ def _weight_format(site: Site, weights: Format) -> Format:
     return weights
 
 
-def _activation_format(product: Product, site: Site, activations: Format | None) -> Format | None:
+def _activation_format(product: Product, site: Site, activations: Format | None, batch: int) -> Format | None:
     """A scale for each token, where dimension -2 holds tokens; elsewhere one scale.
 
-    It holds the rows of an image in a convolution's input, the batch in a pooled feature, and features in a key, which
-    its product takes transposed.
+    It holds the rows of an image in a convolution's input, the batch in a pooled feature and in a sequence-first layer
+    (PyTorch's multi-head attention is one), and features in a key, which its product takes transposed. A dimension
+    as long as the batch is taken for the batch. A key that the model transposes itself, for a plain ``matmul``, cannot
+    be told from a value: its rows get scales of their own.
     """
     if activations is None or activations.granularity != "token":
         return activations
-    tokens = len(site.shape) > 2 and not product.operator.startswith("conv") and not site.slot.endswith("_key")
+    rows = len(site.shape) > 2 and site.shape[-2] != batch
+    tokens = rows and not product.operator.startswith("conv") and not site.slot.endswith("_key")
     return activations if tokens else replace(activations, granularity="tensor")
 
 
@@ -79,13 +93,7 @@ def assign(watched: Watched, scheme: Scheme | str, *, allow: Iterable[str] = ())
     """
     scheme = Scheme.parse(scheme)
     patterns = (allow,) if isinstance(allow, str) else tuple(allow)
-    everything = [*watched.products, *watched.unreachable]
-    for pattern in patterns:
-        if not any(_matches(product, (pattern,)) for product in everything):
-            raise PlanishError(
-                f"allow={pattern!r} matches no matrix product of this model; "
-                f"its products are {', '.join(p.name for p in everything[:4])}, ..."
-            )
+    check_patterns(watched, patterns)
     unreachable = check_covered(watched, patterns)
     weighted = [product for product in watched.products if product.weight is not None]
     edges = {product.name for product in (weighted[:1] + weighted[-1:])}
@@ -101,5 +109,5 @@ def assign(watched: Watched, scheme: Scheme | str, *, allow: Iterable[str] = ())
             if site.is_weight:
                 formats[site.name] = _weight_format(site, chosen.weights)
             else:
-                formats[site.name] = _activation_format(product, site, chosen.activations)
+                formats[site.name] = _activation_format(product, site, chosen.activations, watched.batch)
     return Assignment(scheme, tuple(watched.products), formats, tuple(allowed))

@@ -79,6 +79,7 @@ class Watched:
 
     products: list[Product] = field(default_factory=list)
     unreachable: list[Product] = field(default_factory=list)
+    batch: int = 1  # images in the example
 
     @property
     def sites(self) -> list[Site]:
@@ -196,6 +197,8 @@ class _Meter(TorchDispatchMode):
             macs = max(a.numel() for a in args if isinstance(a, Tensor))
         elif name == "mkldnn_rnn_layer":  # input (steps, batch, features), then the weights of input and state
             macs = args[0].shape[:-1].numel() * (args[1].numel() + args[2].numel())
+        elif name == "mul" and getattr(self.recorder.current, "operator", "") == "einsum":
+            macs = out.numel()  # how einsum sums over a dimension of size 1
         elif name not in _EXTRA_PRODUCTS:
             return out
         product = self.recorder.current
@@ -243,11 +246,11 @@ def watch(model: nn.Module, example: Any) -> Watched:
         raise PlanishError(
             f"the model {type(model).__name__} does not run on an example of shape {shapes}: {error}"
         ) from error
-    products = [product for product in recorder.found.values() if product.macs]
+    products = list(recorder.found.values())
     unreachable = list(recorder.unreachable.values())
     for product in products + unreachable:
         product.macs = -(-product.macs // batch)  # rounded up: what is computed from parameters alone must not vanish
-    return Watched(products, unreachable)
+    return Watched(products, unreachable, batch)
 
 
 def _join(path: str, slot: str) -> str:

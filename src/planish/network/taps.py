@@ -22,9 +22,25 @@ from planish.network.sites import Product, Site
 CHILD = "planish_taps"
 
 
+class _Taps(nn.Module):
+    """The taps of one module by their slots.
+
+    A slot may be called ``keys`` or ``items``, as a parameter may; ``nn.ModuleDict`` has methods of these names.
+    """
+
+    def __init__(self, taps: dict[str, nn.Module]) -> None:
+        super().__init__()
+        for slot, tap in taps.items():
+            self.add_module(slot, tap)
+
+    def __getitem__(self, slot: str) -> Any:
+        return self._modules[slot]
+
+
 def _taps(module: nn.Module) -> Any:
     """The taps in a module by their slots."""
-    return module._modules.get(CHILD, {})
+    child = module._modules.get(CHILD)
+    return {} if child is None else child._modules
 
 
 def _idle(taps: Any, slot: str) -> bool:
@@ -164,7 +180,7 @@ def attach(
         simple = {f"{path}.input".lstrip("."), *(site for site, *_ in weights.get(path, {}).values())}
         cls = type(module)
         if path in taps:
-            module.add_module(CHILD, nn.ModuleDict(taps[path]))
+            module.add_module(CHILD, _Taps(taps[path]))
         module.__dict__["_planish_products"] = frozenset(product.key for product in own)
         module.__dict__["_planish_uses"] = frozenset(uses)
         module.__dict__["_planish_weights"] = weights.get(path, {})

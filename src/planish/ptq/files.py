@@ -67,20 +67,8 @@ def load_quantized(path: Path, *, trust: bool = False) -> tuple[nn.Module, dict[
     state, metadata = read_weights(path)
     if KEY not in metadata:
         return None
-    try:
-        head = json.loads(metadata[KEY])
-        version = head["version"]
-        if version != VERSION:
-            raise PlanishError(f"{path} has format version {version}; this planish reads version {VERSION}")
-        recipe, preprocessing = dict(head["recipe"]), preprocessing_from(head["preprocessing"])
-        fields = dict(head["scheme"])
-        fields["weights"] = Format(**fields["weights"])
-        fields["activations"] = fields["activations"] and Format(**fields["activations"])
-        scheme, allow = Scheme(**fields), list(head["allow"])
-    except PlanishError:
-        raise
-    except (ValueError, KeyError, TypeError) as error:
-        raise PlanishError(f"{path}: its metadata cannot be read ({error}); quantize the model again") from None
+    head, scheme = _read_head(metadata[KEY], path)
+    recipe, preprocessing, allow = head["recipe"], head["preprocessing"], head["allow"]
     if recipe.get("source") == "file" and not trust:
         raise PlanishError(
             f"{path} is a network that the Python file {recipe.get('path')} builds: "
@@ -109,7 +97,37 @@ def load_quantized(path: Path, *, trust: bool = False) -> tuple[nn.Module, dict[
             f"{path} does not fit the architecture it names: {str(error).splitlines()[-1].strip()}"
         ) from None
     model.planish_assignment = plan  # type: ignore[assignment]
-    return model.requires_grad_(False), {**head, "preprocessing": preprocessing}
+    return model.requires_grad_(False), head
+
+
+def read_head(path: Path) -> dict[str, Any] | None:
+    """The metadata of a quantized model; nothing is built and no code is run. ``None`` if ``path`` has plain weights.
+
+    Raises:
+        PlanishError: the file is damaged or of a later version.
+    """
+    _, metadata = read_weights(path)
+    return _read_head(metadata[KEY], path)[0] if KEY in metadata else None
+
+
+def _read_head(text: str, path: Path) -> tuple[dict[str, Any], Scheme]:
+    try:
+        head = json.loads(text)
+        version = head["version"]
+        if version != VERSION:
+            raise PlanishError(f"{path} has format version {version}; this planish reads version {VERSION}")
+        fields = dict(head["scheme"])
+        fields["weights"] = Format(**fields["weights"])
+        fields["activations"] = fields["activations"] and Format(**fields["activations"])
+        read = {
+            "recipe": dict(head["recipe"]), "preprocessing": preprocessing_from(head["preprocessing"]),
+            "allow": list(head["allow"]),
+        }  # fmt: skip
+        return {**head, **read}, Scheme(**fields)
+    except PlanishError:
+        raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlanishError(f"{path}: its metadata cannot be read ({error}); quantize the model again") from None
 
 
 def _add_biases(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:

@@ -211,6 +211,7 @@ class CR(Method):
     name: ClassVar[str] = "cr"
     summary: ClassVar[str] = "agreement with its own moving average on another view, also without labels"
     paper: ClassVar[str] = "in the manner of Pang et al. 2024, arXiv 2402.13497"
+    takes_unlabelled: ClassVar[bool] = True
 
     weight: float = 0.3
     ramp: float = 0.3

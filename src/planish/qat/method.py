@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from planish.errors import PlanishError
 from planish.network import Assignment, Product, Site
 from planish.quantizers import TrainableQuantizer
 from planish.scheme import Scheme
@@ -54,14 +55,17 @@ class Method:
             they have a width of their own, always learn their step.
         activations: how activations are quantized: a key of ``planish.qat.prepare.ACTIVATIONS``.
         init: where learned steps start: ``calibrated``, or ``lsq`` or ``lsq+`` for the papers' own.
-        task, label_smoothing: weight of the cross-entropy with the labels.
-        distillation, temperature: weight of the divergence from the float network's logits, and its temperature.
+        task: weight of the cross-entropy with the labels.
+        label_smoothing: share of the target that is spread evenly over all classes.
+        distillation: weight of the divergence from the float network's logits.
+        temperature: of both distributions in the distillation.
         pull: delta of element-wise gradient scaling (EWGS); 0 for the straight-through estimator.
     """
 
     name: ClassVar[str] = "lsq"
     summary: ClassVar[str] = "learned step sizes, zero points as calibrated"
     paper: ClassVar[str] = "Esser et al. 2020, arXiv 1902.08153"
+    takes_unlabelled: ClassVar[bool] = False  # whether it can use images without labels
 
     weights: str = "lsq"
     activations: str = "lsq"
@@ -90,7 +94,18 @@ class Method:
         """Rebuild parts of the network, in place, before it is watched and quantized."""
 
     def ingredients(self, context: Context) -> list[Ingredient]:
-        """What is minimised, and what else happens in a step."""
+        """What is minimised, and what else happens in a step.
+
+        Raises:
+            PlanishError: an option has a value that means nothing.
+        """
+        if min(self.task, self.distillation, self.pull) < 0 or self.temperature <= 0:
+            raise PlanishError(
+                f"{self.name} has task={self.task}, distillation={self.distillation}, pull={self.pull} and "
+                f"temperature={self.temperature}: weights are not negative, and the temperature is positive"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise PlanishError(f"{self.name} has label_smoothing={self.label_smoothing}: it lies in [0, 1)")
         parts: list[Ingredient] = []
         if self.task:
             parts.append(TaskLoss(self.task, self.label_smoothing))

@@ -12,9 +12,11 @@ from typing import Any
 from planish.errors import PlanishError
 from planish.qat.method import Method
 
+_KINDS: dict[str, type] = {"bool": bool, "int": int, "float": float}
+
 
 def with_options(method: Method, texts: Iterable[str]) -> Method:
-    """The method with ``NAME=VALUE`` texts laid over its options; a value is read as the default's type.
+    """The method with ``NAME=VALUE`` texts laid over its options; a value is read as the type of its field.
 
     Raises:
         PlanishError: there is no such option, or the value is of another type.
@@ -25,7 +27,10 @@ def with_options(method: Method, texts: Iterable[str]) -> Method:
         name, separator, value = text.partition("=")
         name = name.strip().replace("-", "_")
         if not separator:
-            raise PlanishError(f"option {text!r} is not understood: write NAME=VALUE, such as {next(iter(known))}=...")
+            raise PlanishError(
+                f"option {text!r} is not understood: write NAME=VALUE, such as {next(iter(known))}=..., "
+                f"with a name among {', '.join(known)}"
+            )
         if name not in known:
             raise PlanishError(f"{method.name} has no option {name!r}: its options are {', '.join(known)}")
         changes[name] = _read(method, name, value.strip(), known[name])
@@ -33,22 +38,20 @@ def with_options(method: Method, texts: Iterable[str]) -> Method:
 
 
 def _read(method: Method, name: str, value: str, default: Any) -> Any:
-    kind = type(default)
-    if value.lower() in ("none", "null") and (default is None or "None" in _annotation(method, name)):
+    annotation = _annotation(method, name)
+    kind = type(default) if default is not None else _KINDS.get(annotation.partition(" |")[0], str)
+    if value.lower() in ("none", "null") and "None" in annotation:
         return None
     try:
         if kind is bool:
             return {"true": True, "false": False, "1": True, "0": False, "yes": True, "no": False}[value.lower()]
-        if kind in (int, float) or default is None:
+        if kind in (int, float):
             number = float(value)
             if not math.isfinite(number) or (kind is int and number != int(number)):
                 raise ValueError(value)
-            whole = kind is int or (default is None and number == int(number))
-            return int(number) if whole else number
+            return int(number) if kind is int else number
         return value
     except (ValueError, KeyError):
-        if default is None:
-            return value
         expected = {bool: "true or false", int: "a whole number", float: "a number"}[kind]
         raise PlanishError(f"option {name} of {method.name} is {value!r}: give {expected}") from None
 

@@ -26,6 +26,7 @@ from planish.recipes.arms import ARMS, arm_settings
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig, flat_dict
 from planish.recipes.material import Material, prepare
+from planish.recipes.processes import count_processes, is_main, make_console, on_main
 from planish.recipes.session import StopFlag, free_cores, say, stoppable
 from planish.recipes.trained import train_arm
 from planish.recipes.work import Work
@@ -44,27 +45,33 @@ CALIBRATION_COST = 2.0  # of one calibration image: it passes through the networ
 def run(config: RunConfig, out: Path, *, resume: bool = False, console: Console | None = None) -> Path:
     """The whole journey; returns the run folder. See :class:`RunConfig`.
 
+    Of several processes (``accelerate launch``) each takes batches of its own in training and evaluation, and the main
+    one prints and writes.
+
     Raises:
         PlanishError: anything wrong with the input, in one sentence. Nothing is left behind if nothing was done yet.
         KeyboardInterrupt: stopped by the user; ``resume=True`` continues to the identical result.
     """
-    console = console or Console()
+    console = console or make_console()
     config = check_run(config)
     with stoppable() as stop:
-        folder = RunFolder.open(out, resume)
+        folder = on_main(lambda: RunFolder.open(out, resume))
+        folder.active = is_main()
         try:
             config = _with_threads(config, folder)
             torch.set_num_threads(config.models.threads)
             material = prepare(config, console)
-            folder.write_config({**flat_dict(config), **material.fingerprint()})
+            settings = {**flat_dict(config), **material.fingerprint()}
+            on_main(lambda: folder.write_config(settings))
         except BaseException:
-            if not resume:
+            if folder.active and not resume:
                 shutil.rmtree(folder.partial, ignore_errors=True)
             raise
         results = _Journey(config, folder, material, console, stop).walk()
         folder.write_results(results)
-        write_report(results, folder.path("report.html"))
-        shutil.rmtree(folder.path("checkpoint"), ignore_errors=True)
+        if folder.active:
+            write_report(results, folder.path("report.html"))
+            shutil.rmtree(folder.path("checkpoint"), ignore_errors=True)
         final = folder.finish()
     _conclude(results, final, console)
     return final
@@ -89,7 +96,7 @@ def _with_threads(config: RunConfig, folder: RunFolder) -> RunConfig:
     """Fix the number of threads: sums are rounded by it, so a resumed run takes the number that it began with."""
     threads = config.models.threads
     if not threads and folder.resumed:
-        threads = int(folder.read_config().get("threads", 0))
+        threads = on_main(lambda: int(folder.read_config().get("threads", 0)))
     return replace(config, models=replace(config.models, threads=threads or free_cores()))
 
 
@@ -141,13 +148,14 @@ class _Journey:
         path = self.folder.path(f"{name}.safetensors")
         self.work.begin(f"{name}: {ARMS[name].summary}")
         settings = arm_settings(name, self.config.train, self.config.noise, self.config.models.seed)
-        known = path.exists()
+        known = on_main(path.exists)
         if known:
             model = copy.deepcopy(given)
             fit_weights(model, read_weights(path)[0], name=name, source=path)
         elif settings is None:
             model = copy.deepcopy(given)
-            save_weights(model, path)
+            if self.folder.active:
+                save_weights(model, path)
         else:
             model = self._train(name, settings, path)
         self.work.end(measured=not known)
@@ -169,8 +177,9 @@ class _Journey:
             raise PlanishError(f"{name}: {error}; what was done before is kept in {self.folder.partial}") from None
         if not continued:  # of a continued training the first part was not timed
             self.seconds[name] = round(time.perf_counter() - began, 2)
-        save_weights(model, path)
-        shutil.rmtree(checkpoint, ignore_errors=True)
+        if self.folder.active:
+            save_weights(model, path)
+            shutil.rmtree(checkpoint, ignore_errors=True)
         return model
 
     def measure(
@@ -195,7 +204,8 @@ class _Journey:
                 model, self.material.calibration, scheme, method, allow=self.config.quantize.allow,
                 log=lambda event: self.folder.log({**key, **event}),
             )  # fmt: skip
-            self._save(model, f"{arm}-{scheme}-{method}.safetensors", key)
+            if self.folder.active:
+                self._save(model, f"{arm}-{scheme}-{method}.safetensors", key)
         seconds = time.perf_counter() - began
         worth = evaluate(model, self.material.test, reference=reference, progress=self._each_batch)
         row = {
@@ -217,6 +227,7 @@ class _Journey:
         """All that the numbers depend on."""
         config, loaded, data = self.config, self.material.loaded, self.material.data
         trained = [arm for arm in config.arms if ARMS[arm].cost]
+        processes = count_processes()
         fp = next((r["top1"] for r in self.rows if r["arm"] == "given" and r["scheme"] == "fp32"), None)
         schemes = dict.fromkeys((*config.schemes, *(config.prepare if "flat" in trained else ())))
         flat = arm_settings("flat", config.train, config.noise, config.models.seed) if "flat" in trained else None
@@ -239,7 +250,8 @@ class _Journey:
             **{f"scheme_{name}": Scheme.parse(name).describe().partition(": ")[2] for name in schemes},
             "in_float": ", ".join((IN_FLOAT, *config.quantize.allow)),
             "seed": config.models.seed, "batch_size": config.models.batch_size, "threads": config.models.threads,
-            "device": str(self.material.device), "seconds_training": self.seconds or None,
+            "processes": processes if processes > 1 else None, "device": str(self.material.device),
+            "seconds_training": self.seconds or None,
         }  # fmt: skip
 
     @cached_property

@@ -14,6 +14,7 @@ from planish.data import ImageData, calibration_subset, load_data, make_loader
 from planish.errors import PlanishError
 from planish.models import LoadedModel, check_classes, load_model
 from planish.recipes.config import RunConfig
+from planish.recipes.processes import count_processes
 from planish.recipes.session import say
 from planish.training import make_accelerator
 
@@ -45,10 +46,12 @@ class Material:
 
     def fingerprint(self) -> dict[str, Any]:
         """What a resumed run must find again."""
-        return {
+        found = {
             "checkpoint": self.loaded.weights_hash, "train_images": len(self.data.train_labels),
             "test_images": self.test_images,
         }  # fmt: skip
+        processes = count_processes()  # each takes batches of its own
+        return found if processes == 1 else {**found, "processes": processes}
 
 
 def prepare(config: RunConfig, console: Console, *, calibrate: bool = True) -> Material:

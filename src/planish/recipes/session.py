@@ -11,20 +11,27 @@ from typing import Any
 
 from rich.console import Console
 
+from planish.recipes.processes import is_main, on_main
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def free_cores() -> int:
-    """Cores that this process may use and that nothing else keeps busy; at least one.
+    """Cores for each process that nothing else keeps busy, as the main process sees it; at least one.
 
     Two threads of PyTorch on a core and a half are many times slower than one thread.
     """
+    return on_main(_free_cores)
+
+
+def _free_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         busy = os.getloadavg()[0]
     except OSError:
         busy = 0.0
-    return max(1, min(cores, int(cores - busy + 0.7)))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # processes of this run on this machine
+    return max(1, min(cores, int(cores - busy + 0.7)) // here)
 
 
 def say(console: Console, text: str) -> None:
@@ -33,10 +40,14 @@ def say(console: Console, text: str) -> None:
 
 
 class StopFlag:
-    """Set by Ctrl-C or SIGTERM. Within :meth:`gently` the first only sets it; elsewhere it stops at once."""
+    """Set by Ctrl-C or SIGTERM. Within :meth:`gently` the first only sets it; elsewhere it stops at once.
 
-    def __init__(self) -> None:
-        self.stopped = False
+    Args:
+        tell: whether the first one is answered with a line.
+    """
+
+    def __init__(self, tell: bool = True) -> None:
+        self.stopped, self.tell = False, tell
         self._gentle = False
 
     def __call__(self) -> bool:
@@ -61,14 +72,14 @@ class StopFlag:
         first, self.stopped = not self.stopped, True
         if not (first and self._gentle):
             raise KeyboardInterrupt
-        # not through print: the signal may have come in the middle of one
-        os.write(2, b"\nplanish: stopping after this step; once more stops at once\n")
+        if self.tell:  # not through print: the signal may have come in the middle of one
+            os.write(2, b"\nplanish: stopping after this step; once more stops at once\n")
 
 
 @contextmanager
 def stoppable() -> Iterator[StopFlag]:
     """A flag that SIGINT and SIGTERM set, inside; nothing is changed outside the main thread."""
-    flag = StopFlag()
+    flag = StopFlag(tell=is_main())
     if threading.current_thread() is not threading.main_thread():
         yield flag
         return

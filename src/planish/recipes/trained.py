@@ -14,7 +14,9 @@ from planish.data import set_epoch
 from planish.errors import PlanishError
 from planish.flattening import FlattenSettings, flatten
 from planish.models import save_weights
+from planish.network.taps import CHILD
 from planish.recipes.material import Material
+from planish.recipes.processes import is_main
 from planish.recipes.session import StopFlag
 from planish.training import TrainingFailed
 
@@ -59,7 +61,10 @@ def keeping(last_good: Path, checkpoint: Path) -> Iterator[None]:
     try:
         yield
     except TrainingFailed as error:
-        save_weights(error.state_dict, last_good, {"format": "pt"})
+        # without what belongs to the taps, so that the file is one for --weights
+        own = {key: value for key, value in error.state_dict.items() if CHILD not in key.split(".")}
+        if is_main():
+            save_weights(own, last_good, {"format": "pt"})
         raise PlanishError(f"{error}; the last good weights are in {last_good}") from None
     except SafetensorError as error:
         raise PlanishError(f"{checkpoint} could not be written ({error}); free some space and try again") from None

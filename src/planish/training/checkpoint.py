@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def exists(directory: Path) -> bool:
     """Whether a complete checkpoint is there; one that a crash left set aside is put back."""
     old = _beside(directory, "old")
     if not directory.exists() and (old / _VALUES).is_file():
-        os.replace(old, directory)
+        with suppress(FileNotFoundError):  # another process was faster
+            os.replace(old, directory)
     return (directory / _VALUES).is_file()
 
 
@@ -62,8 +64,13 @@ def save(
     ingredients: Sequence[Ingredient],
     accelerator: Accelerator,
     step: int,
+    *,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write everything that :func:`load` needs; only the main process writes.
+
+    Args:
+        settings: plain values without which the run cannot be continued to the same result.
 
     Raises:
         PlanishError: the disk is full or not writable; the previous checkpoint stays as it was.
@@ -71,10 +78,13 @@ def save(
     if directory is None or not accelerator.is_main_process:
         return
     tensors: dict[str, Tensor] = {}
+    scaler = getattr(optimizer, "scaler", None)  # of the losses in fp16
     state = {
         "model": dict(model.state_dict()),
         "optimizer": optimizer.state_dict(),
         "ingredients": [ingredient.state_dict() for ingredient in ingredients],
+        "scaler": scaler.state_dict() if scaler is not None else None,
+        "settings": dict(settings or {}),
         "step": step,
     }
     tree = flatten_state(state, "", tensors)
@@ -97,8 +107,18 @@ def save(
         ) from error
 
 
-def load(directory: Path, model: nn.Module, optimizer: Any, ingredients: Sequence[Ingredient]) -> int:
+def load(
+    directory: Path,
+    model: nn.Module,
+    optimizer: Any,
+    ingredients: Sequence[Ingredient],
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> int:
     """Restore model, optimizer and ingredients in place; returns the step that was reached.
+
+    Args:
+        settings: what :func:`save` would be given now; values that both know must agree.
 
     Raises:
         PlanishError: the files are damaged or belong to another run.
@@ -106,16 +126,33 @@ def load(directory: Path, model: nn.Module, optimizer: Any, ingredients: Sequenc
     try:
         tree = json.loads((directory / _VALUES).read_text())
         state = restore_state(tree, load_file(directory / _TENSORS))
+        _check_settings(directory, state.get("settings") or {}, settings or {})
         if len(state["ingredients"]) != len(ingredients):
             raise ValueError("it was written with other ingredients")
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         for ingredient, saved in zip(ingredients, state["ingredients"], strict=True):
             ingredient.load_state_dict(saved)
+        scaler = getattr(optimizer, "scaler", None)
+        if scaler is not None and state.get("scaler"):
+            scaler.load_state_dict(state["scaler"])
         return int(state["step"])
+    except PlanishError:
+        raise
     except Exception as error:  # whatever is wrong with the files, the user needs one sentence
         what = " ".join(str(error).split())[:200]
         raise PlanishError(
             f"the checkpoint {directory} cannot be continued from ({type(error).__name__}: {what}); "
             f"delete it to start over"
         ) from error
+
+
+def _check_settings(directory: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    now = json.loads(json.dumps(dict(now)))  # as they come back from the file
+    differing = [key for key in now if key in before and before[key] != now[key]]
+    if differing:
+        shown = "; ".join(f"{key} was {before[key]}, is {now[key]}" for key in differing[:3])
+        raise PlanishError(
+            f"the checkpoint {directory} was made with other settings ({shown}): give the same ones to continue it, "
+            f"or delete it to start over"
+        )

@@ -11,7 +11,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -146,14 +146,16 @@ def train(
     run = Run(model, wrapped, accelerator, settings, max(steps, 1), batches, log=log or (lambda event: None))
     _move(ingredients, model, accelerator)
     stepper = Stepper(run, prepared, peak, list(ingredients))
-    saver = functools.partial(checkpoint.save, checkpoint_dir, model, prepared, ingredients, accelerator)
+    state = (model, prepared, ingredients)
+    known = {**asdict(settings), "steps": run.steps}  # what the rest of the run depends on
+    saver = functools.partial(checkpoint.save, checkpoint_dir, *state, accelerator, settings=known)
     good = _snapshot(model)
     began = time.perf_counter()
     try:
         for ingredient in ingredients:
             ingredient.start(run)
         if resume and checkpoint_dir is not None and checkpoint.exists(checkpoint_dir):
-            run.step = checkpoint.load(checkpoint_dir, model, prepared, ingredients)
+            run.step = checkpoint.load(checkpoint_dir, *state, settings=known)
             good = _snapshot(model)
         stepper.set_modes()
         for epoch in range(run.step // max(1, len(batches)), settings.epochs):

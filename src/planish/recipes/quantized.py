@@ -1,0 +1,173 @@
+"""The journey of ``planish train``: where to start, the training of the quantized network, what came of it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from planish.data import set_epoch
+from planish.errors import PlanishError
+from planish.evaluation import evaluate
+from planish.models import LoadedModel, read_weights, save_weights
+from planish.network.batches import split_batch
+from planish.ptq import quantize
+from planish.ptq.files import load_quantized, read_head
+from planish.qat import Method, QATSettings, train_quantized
+from planish.qat.oscillation import OscillationTracker
+from planish.recipes.arms import arm_settings
+from planish.recipes.config import NoiseOptions, TrainOptions
+from planish.recipes.kept import Kept
+from planish.recipes.material import Material
+from planish.recipes.processes import is_main, on_main
+from planish.recipes.session import StopFlag
+from planish.recipes.trained import keeping, train_arm
+from planish.training import TrainingSettings
+
+STARTS = ("given", "flat")
+
+
+def split_epochs(start: str, flat: int | None, epochs: int) -> int:
+    """Of ``epochs`` in all, those that go into flattening; raises :class:`PlanishError` if none is left for either."""
+    if start != "flat":
+        if flat is not None:
+            raise PlanishError("flat-epochs is for --start flat: leave it out, or give --start flat")
+        return 0
+    flat = epochs // 2 if flat is None else flat
+    if not 0 < flat < epochs:
+        raise PlanishError(
+            f"flat-epochs is {flat} of {epochs} epochs in all: flattening and training need at least 1 each"
+        )
+    return flat
+
+
+def check_start(start: str) -> None:
+    """Raise :class:`PlanishError` if ``start`` is no word that is known and no file of a quantized model."""
+    if start in STARTS:
+        return
+    if not Path(start).is_file():
+        raise PlanishError(
+            f"start is {start!r}: give {' or '.join(STARTS)}, or a file that planish quantize or planish train wrote"
+        )
+    if read_head(Path(start)) is None:
+        keys = len(read_weights(start)[0])
+        raise PlanishError(f"{start} holds plain weights ({keys} tensors), no quantized model: give it as --weights")
+
+
+def read_start(start: str, given: LoadedModel) -> nn.Module | None:
+    """The quantized model in the file ``start``; ``None`` for a start that is no file.
+
+    Only a file of the given architecture is read on, so that no code is run but what built the given network.
+
+    Raises:
+        PlanishError: the model in the file has another architecture.
+    """
+    if start in STARTS:
+        return None
+    head = read_head(Path(start))
+    assert head is not None
+    if head["recipe"] != given.recipe:
+        raise PlanishError(
+            f"{start} is a quantized {_architecture(head['recipe'])}, the given network is a "
+            f"{_architecture(given.recipe)}: give the model that the file was made from"
+        )
+    loaded = load_quantized(Path(start), trust=True)
+    assert loaded is not None
+    return loaded[0]
+
+
+def _architecture(recipe: dict[str, Any]) -> str:
+    if recipe.get("source") == "file":
+        return f"{recipe.get('path')}:{recipe.get('function')}"
+    arguments = ", ".join(f"{name}={value}" for name, value in dict(recipe.get("arguments", {})).items())
+    return f"{recipe.get('architecture')}({arguments})"
+
+
+@dataclass
+class QuantizedTraining:
+    """One training of a quantized network, which can be interrupted and goes on to the identical result.
+
+    Attributes:
+        epochs: of the quantized network; ``flat_epochs`` come before them.
+        start: what :func:`read_start` gave.
+        unlabelled: a loader of images without labels, for a method that takes them.
+    """
+
+    material: Material
+    scheme: str
+    method: Method
+    options: TrainOptions
+    epochs: int
+    flat_epochs: int
+    seed: int
+    allow: tuple[str, ...]
+    start: nn.Module | None
+    unlabelled: Any
+    kept: Kept
+    stop: StopFlag
+
+    def __post_init__(self) -> None:
+        self.tracker = OscillationTracker(report_at=self.method.averaging_until)
+
+    @property
+    def settings(self) -> QATSettings:
+        """Of the training of the quantized network."""
+        training = TrainingSettings(
+            epochs=self.epochs, lr=self.options.lr, optimizer=self.options.optimizer, freeze_batchnorm=False,
+            mixed_precision=self.options.mixed_precision, seed=self.seed,
+        )  # fmt: skip
+        return QATSettings(training=training)
+
+    def rehearse(self) -> None:
+        """One step from the given network, thrown away: what the method or the network refuses is refused at once."""
+        set_epoch(self.material.train, 0)
+        batch = list(islice(self.material.train, 1))
+        settings = replace(self.settings, training=replace(self.settings.training, epochs=1))
+        train_quantized(
+            self.material.loaded.model, batch, self.scheme, self.method, unlabelled=self.unlabelled,
+            calibration=[split_batch(part)[0] for part in batch], settings=settings, allow=self.allow,
+        )  # fmt: skip
+
+    def flatten(self, progress: Callable[[float], None]) -> None:
+        """Make the flat start, or read it back if an interrupted command had come that far."""
+        given, done = self.material.loaded.model, self.kept.folder / "flat.safetensors"
+        if on_main(done.exists):
+            self.start = copy.deepcopy(given)
+            self.start.load_state_dict(read_weights(done)[0])
+            return
+        options = replace(self.options, epochs=self.flat_epochs)
+        settings = arm_settings("flat", options, NoiseOptions(), self.seed)
+        assert settings is not None
+        self.start = train_arm(
+            self.material, (self.scheme,), settings, allow=self.allow, checkpoint=self.kept.folder / "flat",
+            resume=True, stop=self.stop, progress=progress, last_good=self.kept.last_good,
+        )  # fmt: skip
+        if is_main():
+            save_weights(self.start, done, {"format": "pt"})
+
+    def train(self, progress: Callable[[float], None]) -> nn.Module:
+        """Train; the teacher is always the given network in float."""
+        given = self.material.loaded.model
+        start = given if self.start is None else self.start.to(self.material.device)
+        set_epoch(self.material.train, 0)
+        with self.stop.gently(), keeping(self.kept.last_good, self.kept.state):
+            return train_quantized(
+                start, self.material.train, self.scheme, self.method, given=given,
+                calibration=self.material.calibration, unlabelled=self.unlabelled, settings=self.settings,
+                allow=self.allow, extra=[self.tracker], checkpoint_dir=self.kept.state, resume=True,
+                should_stop=self.stop, progress=lambda step, steps, loss: progress(step / steps),
+            )  # fmt: skip
+
+    def measure(self, trained: nn.Module) -> list[dict[str, Any]]:
+        """The given network in float, rounded without training, and trained, on the test images."""
+        given, test = self.material.loaded.model, self.material.test
+        rounded = quantize(given, self.material.calibration, self.scheme, allow=self.allow)
+        worth = {"float": evaluate(given, test)}
+        for name, model in ((f"{self.scheme} by rtn", rounded), (f"{self.scheme} trained", trained)):
+            worth[name] = evaluate(model, test, reference=given)
+        return [{"name": name, **values} for name, values in worth.items()]
