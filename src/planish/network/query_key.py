@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planish.network.products import preparing_weights
-
-NAME = "query-key"  # in the files of networks that were rebuilt
+from planish.network.rebuilding import rebuilder
 
 
 class QueryKeyAttention(nn.Module):
@@ -73,6 +72,7 @@ class QueryKeyAttention(nn.Module):
         return out
 
 
+@rebuilder("query-key")
 def reparameterize_query_key(model: nn.Module) -> list[str]:
     """Rebuild every self-attention of timm's ``Attention`` class in ``model``, in place; returns their paths.
 
@@ -92,8 +92,3 @@ def reparameterize_query_key(model: nn.Module) -> list[str]:
         setattr(model.get_submodule(parent), name, QueryKeyAttention(module))
         rebuilt.append(path)
     return rebuilt
-
-
-def is_reparameterized(model: nn.Module) -> bool:
-    """Whether any attention of the model was rebuilt."""
-    return any(isinstance(module, QueryKeyAttention) for module in model.modules())

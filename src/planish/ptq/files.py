@@ -20,8 +20,8 @@ from torch import nn
 from planish.errors import PlanishError
 from planish.models import build, preprocessing_from, read_weights, save_weights
 from planish.models.preprocessing import Preprocessing
-from planish.network import Assignment, Site, assign, attach, reparameterize_query_key, watch
-from planish.network.query_key import NAME, is_reparameterized
+from planish.network import Assignment, Site, assign, attach, watch
+from planish.network.rebuilding import rebuild, rebuilt
 from planish.network.taps import CHILD
 from planish.quantizers import ShiftedQuantizer, UniformQuantizer
 from planish.scheme import Format, Scheme
@@ -51,7 +51,7 @@ def save_quantized(
         raise PlanishError("only a model that planish.quantize gave back can be saved as a quantized model")
     head = {
         "version": VERSION, "recipe": dict(recipe), "preprocessing": preprocessing.to_dict(),
-        "rebuilt": [NAME] if is_reparameterized(model) else [],
+        "rebuilt": rebuilt(model),
         "scheme": asdict(plan.scheme), "allow": [escape(product.name) for product in plan.allowed],
         "protocol": dict(protocol),
     }  # fmt: skip
@@ -75,8 +75,7 @@ def load_quantized(path: Path, *, trust: bool = False) -> tuple[nn.Module, dict[
             f"give trust=True to run the code in it"
         )
     model = build(recipe, trust=trust).eval()
-    if NAME in head.get("rebuilt", ()):
-        reparameterize_query_key(model)
+    rebuild(model, head["rebuilt"])
     example = torch.zeros(1, *preprocessing.input_size)
     plan = assign(watch(model, example), scheme, allow=allow)
     _add_biases(model, state)
@@ -121,7 +120,7 @@ def _read_head(text: str, path: Path) -> tuple[dict[str, Any], Scheme]:
         fields["activations"] = fields["activations"] and Format(**fields["activations"])
         read = {
             "recipe": dict(head["recipe"]), "preprocessing": preprocessing_from(head["preprocessing"]),
-            "allow": list(head["allow"]),
+            "allow": list(head["allow"]), "rebuilt": [dict(note) for note in head["rebuilt"]],
         }  # fmt: skip
         return {**head, **read}, Scheme(**fields)
     except PlanishError:

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from planish.network import Assignment
-from planish.network.batches import call_model, logits_of
+from planish.network import Assignment, assign, detach, watch
+from planish.network.batches import call_model, first_image, logits_of
+from planish.scheme import Scheme
 
 
 @dataclass
@@ -23,7 +24,15 @@ class Calibration:
     batches: list[Any]  # inputs only
     assignment: Assignment
     reference: list[Tensor]  # logits of the float model, batch by batch
+    given: nn.Module | None = None  # the float model as it was given; not to be changed
+    allow: tuple[str, ...] = ()  # patterns of products that may stay in float
     log: list[dict[str, Any]] = field(default_factory=list)
+
+    def plan_anew(self, scheme: Scheme | None = None) -> None:
+        """Watch the model again and assign formats: after its structure or its scheme has changed. Taps are removed."""
+        detach(self.model)
+        watched = watch(self.model, first_image(self.batches[0]))
+        self.assignment = assign(watched, scheme or self.assignment.scheme, allow=self.allow)
 
 
 class Pass(Protocol):

@@ -51,8 +51,9 @@ def quantize(
     if not batches:
         raise PlanishError("there is no calibration batch: pass a loader with at least one batch of images")
     twin = copy.deepcopy(model).eval().requires_grad_(False)
-    plan = assign(watch(twin, first_image(batches[0])), scheme, allow=allow)
-    work = Calibration(twin, batches, plan, run_logits(twin, batches))
+    patterns = (allow,) if isinstance(allow, str) else tuple(allow)
+    plan = assign(watch(twin, first_image(batches[0])), scheme, allow=patterns)
+    work = Calibration(twin, batches, plan, run_logits(twin, batches), given=model, allow=patterns)
     run_passes(work, passes, log)
-    twin.planish_assignment = plan  # type: ignore[assignment]
-    return twin
+    work.model.planish_assignment = work.assignment  # type: ignore[assignment]
+    return work.model

@@ -1,0 +1,62 @@
+"""Changes of structure: each has a name, so that a file can say it and a network can be rebuilt from its recipe."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+
+from planish.errors import PlanishError
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+NOTES = "planish_rebuilt"  # attribute of a rebuilt network: what was done to it, in order
+_REBUILDERS: dict[str, Callable[..., Any]] = {}
+
+
+def rebuilder(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Register a function ``f(model, **arguments)`` that changes the modules of a network in place.
+
+    A call that changes something (its result is not empty) is noted in the network with its arguments, which must be
+    plain values. The function is called again when the network is built anew to take the weights of a file: it has to
+    make the same modules and names of tensors, whatever the values of the weights are.
+    """
+
+    def register(function: Callable[P, T]) -> Callable[P, T]:
+        @functools.wraps(function)
+        def noted(*args: P.args, **kwargs: P.kwargs) -> T:
+            result = function(*args, **kwargs)
+            if result:
+                given = dict(inspect.signature(function).bind(*args, **kwargs).arguments)
+                model = given.pop(next(iter(given)))
+                model.__dict__.setdefault(NOTES, []).append({"name": name, "arguments": given})
+            return result
+
+        _REBUILDERS[name] = noted
+        return noted
+
+    return register
+
+
+def rebuilt(model: nn.Module) -> list[dict[str, Any]]:
+    """What was done to the structure of ``model``, in order: names and arguments."""
+    return [dict(note) for note in getattr(model, NOTES, ())]
+
+
+def rebuild(model: nn.Module, notes: Iterable[Mapping[str, Any]]) -> None:
+    """Do the same to a network of the same architecture.
+
+    Raises:
+        PlanishError: a name is not known.
+    """
+    for note in notes:
+        if note["name"] not in _REBUILDERS:
+            raise PlanishError(
+                f"the network was rebuilt by {note['name']!r}, which this planish does not know; "
+                f"it knows {', '.join(sorted(_REBUILDERS))}"
+            )
+        _REBUILDERS[note["name"]](model, **note["arguments"])
