@@ -56,7 +56,5 @@ def test_attention_is_rebuilt_by_its_note():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(
-        PlanishError, match=r"by 'later', which this planish does not know; it knows .*query-key"
-    ):
+    with pytest.raises(PlanishError, match=r"by 'later', which this planish does not know; it knows .*query-key"):
         rebuild(network(), [{"name": "later", "arguments": {}}])

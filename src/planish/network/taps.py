@@ -188,6 +188,11 @@ def attach(
     return placed
 
 
+def replace_tap(model: nn.Module, site: Site, tap: nn.Module) -> None:
+    """Put another tap where one is, in place; all others stay."""
+    model.get_submodule(site.owner)._modules[CHILD].add_module(site.slot, tap)  # type: ignore[union-attr]
+
+
 Holding = tuple[str, "nn.Module | None", str]  # name of the site, the module with its tap (None: the holder), its slot
 
 

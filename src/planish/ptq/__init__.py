@@ -3,6 +3,18 @@
 from planish.ptq.methods import METHODS, Method, get_method
 from planish.ptq.passes import Calibration, Pass
 from planish.ptq.quantize import quantize
+from planish.ptq.reconstruction import Reconstruct
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
 
-__all__ = ["METHODS", "Calibrate", "Calibration", "FoldBatchNorm", "Method", "Pass", "Round", "get_method", "quantize"]
+__all__ = [
+    "METHODS",
+    "Calibrate",
+    "Calibration",
+    "FoldBatchNorm",
+    "Method",
+    "Pass",
+    "Reconstruct",
+    "Round",
+    "get_method",
+    "quantize",
+]

@@ -27,6 +27,11 @@ class Calibration:
     given: nn.Module | None = None  # the float model as it was given; not to be changed
     allow: tuple[str, ...] = ()  # patterns of products that may stay in float
     log: list[dict[str, Any]] = field(default_factory=list)
+    progress: Callable[[str, float], None] = lambda name, share: None  # of a pass that takes long
+
+    def note(self, name: str, text: str) -> None:
+        """Leave a line in the log: what the pass ``name`` did otherwise than its name says."""
+        self.log.append({"event": "note", "pass": name, "text": text})
 
     def plan_anew(self, scheme: Scheme | None = None) -> None:
         """Watch the model again and assign formats: after its structure or its scheme has changed. Taps are removed."""
@@ -63,11 +68,11 @@ def run_passes(
     """Apply the passes in order; each leaves a line in the log with what it changed and how long it took.
 
     Args:
-        log: receives the line as soon as the pass has ended.
+        log: receives the lines of a pass as soon as it has ended; the last of them says what it was worth.
     """
     before = measure(calibration)
     for step in passes:
-        began = time.perf_counter()
+        began, known = time.perf_counter(), len(calibration.log)
         step(calibration)
         seconds = time.perf_counter() - began
         after = measure(calibration)
@@ -75,5 +80,6 @@ def run_passes(
             {"event": "pass", "pass": step.name, "before": before, "after": after, "seconds": seconds}
         )
         if log:
-            log(calibration.log[-1])
+            for line in calibration.log[known:]:
+                log(line)
         before = after

@@ -1,0 +1,277 @@
+"""The calibration images on their way through the float network and the quantized one, a unit at a time."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planish.network.batches import call_model, logits_of, map_tensors
+from planish.network.units import Unit, first_tensor
+
+_FLOAT = 4  # bytes of a value
+
+
+class Shelf:
+    """Room for tensors of one row an image: in memory while it lasts, then in files of a temporary folder.
+
+    Args:
+        memory: bytes that may be held in memory at once.
+        folder: where the files go; default: the system's temporary folder.
+    """
+
+    def __init__(self, memory: float, folder: Path | None = None) -> None:
+        self.memory, self.held = memory, 0
+        self._folder = tempfile.TemporaryDirectory(prefix="planish-", dir=folder)
+        self._files = 0
+
+    def room(self, rows: int, shape: Sequence[int]) -> Tensor:
+        """A tensor of (rows, *shape) with arbitrary values."""
+        count = rows * int(torch.Size(shape).numel())
+        if self.held + count * _FLOAT <= self.memory:
+            self.held += count * _FLOAT
+            return torch.empty(rows, *shape)
+        self._files += 1
+        name = str(Path(self._folder.name) / f"{self._files}.bin")
+        return torch.from_file(name, shared=True, size=count, dtype=torch.float32).view(rows, *shape)
+
+    def give_back(self, tensor: Tensor) -> None:
+        """The tensor is not needed any more."""
+        name = tensor.untyped_storage().filename
+        if name:
+            Path(name).unlink(missing_ok=True)
+        else:
+            self.held -= tensor.numel() * _FLOAT
+
+    def close(self) -> None:
+        self._folder.cleanup()
+
+
+class _Reached(Exception):
+    """The forward pass has come to the unit that was asked for."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        super().__init__()
+        self.args_there, self.kwargs_there = args, kwargs
+
+
+@contextmanager
+def _returning(module: nn.Module, value: Any) -> Iterator[None]:
+    """The module does not run, but returns ``value``."""
+    module.__dict__["forward"] = lambda *args, **kwargs: value
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+
+
+@contextmanager
+def _stopping(module: nn.Module) -> Iterator[None]:
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached(args, kwargs)
+
+    handle = module.register_forward_pre_hook(stop, with_kwargs=True, prepend=True)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@dataclass
+class UnitData:
+    """What a unit is reconstructed from: a row an image.
+
+    Attributes:
+        quantized: its input, as the quantized units before it give it.
+        exact: its input in the float network.
+        target: its output there.
+    """
+
+    quantized: Tensor
+    exact: Tensor
+    target: Tensor
+
+
+@dataclass
+class Flow:
+    """Cached inputs and outputs of the units, and what follows a unit.
+
+    Because a link of the chain may be cut out, the links before the last one whose outputs are known are not run again:
+    they return zeros, and that one returns what is cached.
+
+    Args:
+        student: the quantized network, with its taps.
+        teacher: the float network, of the same modules.
+        units: as :func:`planish.network.units.find_units` gives them.
+        batches: inputs, of batches of any size.
+    """
+
+    student: nn.Module
+    teacher: nn.Module
+    units: Sequence[Unit]
+    batches: Sequence[Any]
+    shelf: Shelf
+    extra: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = field(default_factory=dict)
+    known: int = -1  # the last link whose outputs are cached
+    outputs: dict[str, Tensor] = field(default_factory=dict)  # of that link: "student", "teacher"
+
+    def __post_init__(self) -> None:
+        self.sizes = [batch_size(batch) for batch in self.batches]
+        self.images, self.device = sum(self.sizes), _device(self.batches[0])
+
+    def data(self, index: int) -> UnitData | None:
+        """The inputs and the target of a unit; ``None`` if it cannot be run on its own."""
+        unit = self.units[index]
+        if unit.shape[:1] != (1,):
+            return None
+        quantized = self._inputs("student", index)
+        if quantized is None:
+            return None
+        exact = self._inputs("teacher", index)
+        assert exact is not None
+        return UnitData(quantized, exact, self._outputs("teacher", index, exact))
+
+    def advance(self, index: int, data: UnitData) -> None:
+        """The unit has its final weights: go on from its outputs, if it is a link."""
+        outputs = {"teacher": data.target}
+        if self.units[index].link:
+            outputs["student"] = self._outputs("student", index, data.quantized)
+            outputs, self.outputs, self.known = self.outputs, outputs, index
+        for tensor in (*outputs.values(), data.quantized, data.exact):
+            self.shelf.give_back(tensor)
+
+    def run(self, which: str, index: int, x: Tensor) -> Tensor:
+        """The output of a unit for some of its inputs."""
+        path = self.units[index].path
+        more, options = self.extra.get(path, ((), {}))
+        found = first_tensor(self._model(which).get_submodule(path)(x, *more, **options))
+        assert found is not None
+        return found
+
+    def suffix(self, index: int, output: Tensor) -> Tensor:
+        """The logits of the float network if the link at ``index`` gave ``output``; gradients reach it.
+
+        What comes before does not matter, whichever images are given.
+        """
+        with self._shortened(self.teacher, index, output):
+            return logits_of(call_model(self.teacher, self._any_images(len(output))))
+
+    @torch.no_grad()
+    def all_logits(self, batch: Any) -> Tensor:
+        """The logits of the float network."""
+        return logits_of(call_model(self.teacher, batch))
+
+    def features(self, output: Tensor, index: int, last: str) -> Tensor:
+        """As :meth:`suffix`, but what enters the module ``last``, which is not run."""
+        try:
+            with self._shortened(self.teacher, index, output), _stopping(self.teacher.get_submodule(last)):
+                call_model(self.teacher, self._any_images(len(output)))
+        except _Reached as reached:
+            found: Tensor = reached.args_there[0]
+            return found
+        raise AssertionError(f"{last} was not run")
+
+    def _model(self, which: str) -> nn.Module:
+        return self.student if which == "student" else self.teacher
+
+    def _any_images(self, count: int) -> Any:
+        """Inputs of so many images."""
+        size = self.sizes[0]
+        repeats = -(-count // size)
+        return map_tensors(self.batches[0], lambda t: t.repeat(repeats, *[1] * (t.dim() - 1))[:count])
+
+    @contextmanager
+    def _shortened(self, model: nn.Module, index: int, value: Tensor) -> Iterator[None]:
+        """Links before ``index`` give zeros, and that one ``value``."""
+        handles = []
+        try:
+            for unit in self.units[:index]:
+                if unit.link:
+                    zeros = value.new_zeros(()).expand(len(value), *unit.shape[1:])
+                    handles.append(_returning(model.get_submodule(unit.path), zeros))
+            if index >= 0:
+                handles.append(_returning(model.get_submodule(self.units[index].path), value))
+            for handle in handles:
+                handle.__enter__()
+            yield
+        finally:
+            for handle in reversed(handles):
+                handle.__exit__(None, None, None)
+
+    @torch.no_grad()
+    def _inputs(self, which: str, index: int) -> Tensor | None:
+        """The input of a unit for every image; ``None`` if it depends on more than one tensor."""
+        model, path, result, at = self._model(which), self.units[index].path, None, 0
+        for batch, size in zip(self.batches, self.sizes, strict=True):
+            cached = self.outputs[which][at : at + size].to(_device(batch)) if self.known >= 0 else torch.empty(0)
+            try:
+                with self._shortened(model, self.known, cached), _stopping(model.get_submodule(path)):
+                    call_model(model, batch)
+            except _Reached as reached:
+                (x, *more), options = reached.args_there, reached.kwargs_there
+            if any(isinstance(value, Tensor) for value in (*more, *options.values())) or len(x) != size:
+                return None
+            self.extra[path] = (tuple(more), dict(options))
+            result = self.shelf.room(self.images, x.shape[1:]) if result is None else result
+            result[at : at + size] = x
+            at += size
+        return result
+
+    @torch.no_grad()
+    def _outputs(self, which: str, index: int, inputs: Tensor) -> Tensor:
+        """The output of a unit for every image."""
+        result, at, device = None, 0, _device(self.batches[0])
+        for size in self.sizes:
+            z = self.run(which, index, inputs[at : at + size].to(device))
+            result = self.shelf.room(self.images, z.shape[1:]) if result is None else result
+            result[at : at + size] = z
+            at += size
+        assert result is not None
+        return result
+
+
+class Suffix:
+    """What follows a link in the float network: its logits, and the features that enter its last layer.
+
+    Args:
+        flow: with the networks and the images.
+        index: of the link.
+        last: path of the last layer with a weight.
+        reference: logits of the float network, a row an image.
+        reference_features: what enters the last layer there.
+    """
+
+    def __init__(self, flow: Flow, index: int, last: str, reference: Tensor, reference_features: Tensor) -> None:
+        self.flow, self.index, self.last = flow, index, last
+        self.reference, self.reference_features = reference, reference_features
+        self.device = _device(flow.batches[0])
+
+    def logits(self, output: Tensor) -> Tensor:
+        """The logits if the link gave ``output``."""
+        return self.flow.suffix(self.index, output)
+
+    def features(self, output: Tensor) -> Tensor:
+        """The input of the last layer if the link gave ``output``; the logits, if the link holds that layer."""
+        path = self.flow.units[self.index].path
+        if self.last == path or self.last.startswith(path + "."):
+            return self.logits(output)
+        return self.flow.features(output, self.index, self.last)
+
+
+def batch_size(inputs: Any) -> int:
+    """Images in a batch."""
+    sizes: list[int] = []
+    map_tensors(inputs, lambda tensor: sizes.append(len(tensor)) or tensor)  # type: ignore[func-returns-value]
+    return sizes[0]
+
+
+def _device(inputs: Any) -> torch.device:
+    devices: list[torch.device] = []
+    map_tensors(inputs, lambda tensor: devices.append(tensor.device) or tensor)  # type: ignore[func-returns-value]
+    return devices[0]
