@@ -16,6 +16,7 @@ from planish.ptq.learners import (
     SoftRounding,
     get_learner,
     inverse_rectified_sigmoid,
+    mix,
     penalty_beta,
     rectified_sigmoid,
 )
@@ -58,7 +59,7 @@ def test_soft_weights_begin_as_they_are_and_end_at_a_neighbour(fmt):
         for j in range(5):
             s = float(grid.scale.reshape(-1)[i if grid.scale.numel() > 1 else 0])
             z = float(grid.zero_point.reshape(-1)[0])
-            code = math.floor(float(w[i, j]) / s - grid.offset) + int(up[i, j]) + z
+            code = math.floor(float((w / grid.scale)[i, j]) - grid.offset) + int(up[i, j]) + z
             code = min(max(code, grid.qmin), grid.qmax)
             assert float(tap.latent(w)[i, j]) == pytest.approx((code - z + grid.offset) * s, rel=1e-5, abs=1e-6)
     assert torch.equal(fake_quantize(tap.latent(w), tap.grid), tap.latent(w))
@@ -122,7 +123,8 @@ def test_sign_descent_goes_by_the_rate_alone():
 def test_a_coin_is_fair_by_its_share_and_repeats_by_its_seed():
     x = torch.zeros(1000, 900)
     masks = [Coin(0.3, seed).mask(x) for seed in (1, 1, 2)]
-    assert masks[0].float().mean() == pytest.approx(0.3, abs=0.005)
+    assert set(masks[0].unique().tolist()) == {0.0, 1.0}
+    assert masks[0].mean() == pytest.approx(0.3, abs=0.005)
     assert torch.equal(masks[0], masks[1])
     assert not torch.equal(masks[0], masks[2])
     coin = Coin(0.5, 0)
@@ -141,6 +143,13 @@ def test_a_dropping_tap_lets_values_pass_and_gradients_follow():
     out.sum().backward()
     assert torch.equal(x.grad[kept], torch.ones_like(x.grad[kept]))
     assert torch.equal(DroppingTap(quantizer, None)(x), quantizer(x))
+
+
+def test_a_mixture_is_torchs_where():
+    a, b = (torch.randn(4, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    mask = (torch.rand(4, 5) < 0.5).double()
+    assert torch.equal(mix(a, b, mask), torch.where(mask.bool(), b, a))
+    torch.autograd.gradcheck(lambda a, b: mix(a, b, mask), (a, b))
 
 
 def test_names():

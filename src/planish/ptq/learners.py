@@ -200,15 +200,37 @@ class Coin:
         self.pool = self._throw(1 << 20)
 
     def _throw(self, count: int) -> Tensor:
-        return torch.rand(count, generator=self.generator, device=self.generator.device) < self.p
+        found = torch.rand(count, generator=self.generator, device=self.generator.device)
+        return found.lt_(self.p)
 
     def mask(self, x: Tensor) -> Tensor:
-        """A mask of the shape of ``x``."""
+        """A mask of the shape of ``x``, of ones and zeros."""
         count = x.numel()
         if len(self.pool) < count + count // 4:
             self.pool = torch.cat([self.pool, self._throw(2 * count)])
         at = int(torch.randint(len(self.pool) - count + 1, (), generator=self.places))
         return self.pool[at : at + count].view(x.shape)
+
+
+class _Mix(torch.autograd.Function):
+    """``a`` where the mask is 0 and ``b`` where it is 1; several times faster than ``torch.where`` on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return torch.lerp(a, b, mask.to(a.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
+        (mask,) = ctx.saved_tensors
+        to_b = gradient * mask.to(gradient.dtype)
+        return gradient - to_b, to_b, None
+
+
+def mix(a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+    """Values of ``a``, or of ``b`` where the mask of ones and zeros is 1."""
+    out: Tensor = _Mix.apply(a, b, mask)
+    return out
 
 
 class DroppingTap(nn.Module):
@@ -222,7 +244,7 @@ class DroppingTap(nn.Module):
         rounded = self.quantizer(x)
         if self.coin is None:
             return rounded
-        return torch.where(self.coin.mask(x), x, rounded)
+        return mix(rounded, x, self.coin.mask(x))
 
 
 def trainable(taps: Iterable[nn.Module], kind: type[nn.Module]) -> list[nn.Parameter]:

@@ -18,7 +18,7 @@ from planish.network.batches import first_image
 from planish.network.taps import replace_tap
 from planish.network.units import LAYERS, find_units
 from planish.ptq.flow import Flow, Shelf, Suffix, UnitData
-from planish.ptq.learners import Coin, DroppingTap, Learner, SignSGD, SoftRounding, get_learner, penalty_beta
+from planish.ptq.learners import Coin, DroppingTap, Learner, SignSGD, SoftRounding, get_learner, mix, penalty_beta
 from planish.ptq.objectives import Objective, check_objective, make_objective
 from planish.ptq.passes import Calibration
 from planish.quantizers import LearnedQuantizer, TrainableQuantizer, UniformQuantizer
@@ -229,9 +229,9 @@ class _UnitWork:
         optimizers: list[torch.optim.Optimizer] = []
         if self.learner.sign:
             optimizers.append(SignSGD(list(self._groups()), lr=1.0))
-            optimizers.append(torch.optim.Adam(list(self._steps()), lr=1.0))
+            optimizers.append(torch.optim.Adam(list(self._steps()), lr=1.0, fused=True))
         else:
-            optimizers.append(torch.optim.Adam(list(self._groups()), lr=1.0))
+            optimizers.append(torch.optim.Adam(list(self._groups()), lr=1.0, fused=True))
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         taps = [tap for _, tap in self.weights.values()] + [tap.quantizer for _, tap in self.activations.values()]
         soft = [tap for _, tap in self.weights.values() if isinstance(tap, SoftRounding)]
@@ -268,7 +268,7 @@ class _UnitWork:
         places = torch.randint(len(self.data.target), (self.settings.batch,))
         x = self.data.quantized[places].to(self.device)
         if self.coin is not None:
-            x = torch.where(self.coin.mask(x), self.data.exact[places].to(self.device), x)
+            x = mix(x, self.data.exact[places].to(self.device), self.coin.mask(x))
         y = self.data.target[places].to(self.device)
         z = self.flow.run("student", self.index, x)
         return objective(z, y, places), y[0].numel()
