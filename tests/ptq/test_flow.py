@@ -10,7 +10,8 @@ import torch
 from planish.network import assign, detach, watch
 from planish.network.units import find_units
 from planish.ptq import Calibrate, Calibration, FoldBatchNorm, Round
-from planish.ptq.flow import Flow, Shelf, Suffix
+from planish.ptq.flow import Flow, Suffix
+from planish.ptq.shelf import Shelf
 from tests.training import tiny
 
 torch.set_num_threads(1)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from planish.errors import PlanishError
-from planish.ptq.flow import Flow, Shelf, Suffix
+from planish.ptq.flow import Flow, Suffix
 from planish.ptq.objectives import (
     OBJECTIVES,
     First,
@@ -18,6 +18,7 @@ from planish.ptq.objectives import (
     output_gradients,
     squared_error,
 )
+from planish.ptq.shelf import Shelf
 from tests.ptq.test_flow import MODELS, seen
 
 torch.set_num_threads(1)

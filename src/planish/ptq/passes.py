@@ -27,11 +27,17 @@ class Calibration:
     given: nn.Module | None = None  # the float model as it was given; not to be changed
     allow: tuple[str, ...] = ()  # patterns of products that may stay in float
     log: list[dict[str, Any]] = field(default_factory=list)
-    progress: Callable[[str, float], None] = lambda name, share: None  # of a pass that takes long
+    tell: Callable[[dict[str, Any]], None] = lambda line: None  # hears every line of the log as it is written
+    progress: Callable[[float], None] = lambda share: None  # of the pass that is running
+
+    def record(self, **line: Any) -> None:
+        """Write a line into the log."""
+        self.log.append(line)
+        self.tell(line)
 
     def note(self, name: str, text: str) -> None:
         """Leave a line in the log: what the pass ``name`` did otherwise than its name says."""
-        self.log.append({"event": "note", "pass": name, "text": text})
+        self.record(event="note", **{"pass": name}, text=text)
 
     def plan_anew(self, scheme: Scheme | None = None) -> None:
         """Watch the model again and assign formats: after its structure or its scheme has changed. Taps are removed."""
@@ -62,24 +68,13 @@ def measure(calibration: Calibration) -> dict[str, float]:
     return {"mse": F.mse_loss(logits, reference).item(), "agreement": agreement}
 
 
-def run_passes(
-    calibration: Calibration, passes: Sequence[Pass], log: Callable[[dict[str, Any]], None] | None = None
-) -> None:
-    """Apply the passes in order; each leaves a line in the log with what it changed and how long it took.
-
-    Args:
-        log: receives the lines of a pass as soon as it has ended; the last of them says what it was worth.
-    """
+def run_passes(calibration: Calibration, passes: Sequence[Pass]) -> None:
+    """Apply the passes in order; each leaves a line in the log with what it changed and how long it took."""
     before = measure(calibration)
     for step in passes:
-        began, known = time.perf_counter(), len(calibration.log)
+        began = time.perf_counter()
         step(calibration)
         seconds = time.perf_counter() - began
         after = measure(calibration)
-        calibration.log.append(
-            {"event": "pass", "pass": step.name, "before": before, "after": after, "seconds": seconds}
-        )
-        if log:
-            for line in calibration.log[known:]:
-                log(line)
+        calibration.record(event="pass", **{"pass": step.name}, before=before, after=after, seconds=seconds)
         before = after

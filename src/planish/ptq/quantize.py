@@ -25,6 +25,7 @@ def quantize(
     *,
     allow: Iterable[str] = (),
     log: Callable[[dict[str, Any]], None] | None = None,
+    progress: Callable[[float], None] | None = None,
 ) -> nn.Module:
     """Quantize a copy of ``model``; the given one is left untouched.
 
@@ -34,7 +35,9 @@ def quantize(
         scheme: ``"w4a4"`` and the like, or a :class:`~planish.scheme.Scheme`.
         method: the name of a method, or a list of passes.
         allow: shell patterns of products that may stay in float.
-        log: receives one record per pass, as it ends (loss and agreement before and after, seconds).
+        log: receives one record per pass, as it ends (loss and agreement before and after, seconds), and what passes
+            have to say in between.
+        progress: called with the share that is done of a pass that takes long.
 
     Returns:
         A model of the same behaviour whose matrix products see quantized operands. Its attribute
@@ -54,6 +57,7 @@ def quantize(
     patterns = (allow,) if isinstance(allow, str) else tuple(allow)
     plan = assign(watch(twin, first_image(batches[0])), scheme, allow=patterns)
     work = Calibration(twin, batches, plan, run_logits(twin, batches), given=model, allow=patterns)
-    run_passes(work, passes, log)
+    work.tell, work.progress = log or work.tell, progress or work.progress
+    run_passes(work, passes)
     work.model.planish_assignment = work.assignment  # type: ignore[assignment]
     return work.model

@@ -1,0 +1,47 @@
+"""Room for what is cached: in memory while it lasts, then on the disk."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_FLOAT = 4  # bytes of a value
+
+
+class Shelf:
+    """Room for tensors of one row an image: in memory while it lasts, then in files of a temporary folder.
+
+    Args:
+        memory: bytes that may be held in memory at once.
+        folder: where the files go; default: the system's temporary folder.
+    """
+
+    def __init__(self, memory: float, folder: Path | None = None) -> None:
+        self.memory, self.held = memory, 0
+        self._folder = tempfile.TemporaryDirectory(prefix="planish-", dir=folder)
+        self._files = 0
+
+    def room(self, rows: int, shape: Sequence[int]) -> Tensor:
+        """A tensor of (rows, *shape) with arbitrary values."""
+        count = rows * int(torch.Size(shape).numel())
+        if self.held + count * _FLOAT <= self.memory:
+            self.held += count * _FLOAT
+            return torch.empty(rows, *shape)
+        self._files += 1
+        name = str(Path(self._folder.name) / f"{self._files}.bin")
+        return torch.from_file(name, shared=True, size=count, dtype=torch.float32).view(rows, *shape)
+
+    def give_back(self, tensor: Tensor) -> None:
+        """The tensor is not needed any more."""
+        name = tensor.untyped_storage().filename
+        if name:
+            Path(name).unlink(missing_ok=True)
+        else:
+            self.held -= tensor.numel() * _FLOAT
+
+    def close(self) -> None:
+        self._folder.cleanup()
