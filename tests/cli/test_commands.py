@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -117,6 +118,25 @@ def test_the_embedded_network_counts_flips(planish, tmp_path, monkeypatch):
     ended = planish("evaluate", "quantized.safetensors", "--threads", "1")
     assert "(against convnet as it was given)" in ended.out
     assert "images     2000" in ended.out
+
+
+def test_quantize_by_reconstruction_says_what_it_will_cost(tiny, planish):
+    options = ["--method", "qdrop", "--iterations", "3", "--memory", "0.5", "--calibration-images", "24"]
+    ended = planish("quantize", *tiny, "--scheme", "w2a4", *options)
+    assert ended.status == 0, ended.err
+    assert re.search(r"reconstruct: \d+ units, about \d+ s, \d+ MB of caches\n", ended.out)
+    assert "reconstruct: agrees with the float network on" in ended.out
+    for wrong, words in (("--iterations", "iterations is 0"), ("--memory", "memory is 0")):
+        ended = planish("quantize", *tiny, "--overwrite", wrong, "0")
+        assert ended.status == 2
+        assert words in ended.err
+
+
+def test_a_method_is_printed_as_its_passes(planish):
+    ended = planish("methods", "genie")
+    assert ended.status == 0
+    assert re.search(r"^genie: .*; its passes:$", ended.out, re.MULTILINE)
+    assert re.search(r"^  reconstruct +.*iterations=\d+.*learner='genie', loss='local'", ended.out, re.MULTILINE)
 
 
 def test_methods_are_grouped_lines(planish):

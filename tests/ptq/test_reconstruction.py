@@ -9,7 +9,7 @@ from torch import nn
 from planish.errors import PlanishError
 from planish.functional import fake_quantize
 from planish.network import taps_of
-from planish.ptq import Calibrate, FoldBatchNorm, Reconstruct, Round, quantize
+from planish.ptq import Calibrate, FoldBatchNorm, Reconstruct, Round, quantize, reconstruction
 from planish.ptq.learners import LEARNERS
 from planish.ptq.objectives import OBJECTIVES
 from planish.quantizers import UniformQuantizer
@@ -162,3 +162,26 @@ def test_a_loss_that_is_not_finite_names_the_unit(monkeypatch):
     monkeypatch.setattr("planish.ptq.objectives.squared_error", lambda z, y: (z - y).sum() * float("nan"))
     with pytest.raises(PlanishError, match=r"4: the loss of its reconstruction is nan; give a smaller travel"):
         learned(tiny.conv())
+
+
+def test_an_estimate_comes_before_the_first_unit_and_memory_is_a_bound_on_it():
+    lines = []
+    learned(tiny.vit(), size=16, log=lines.append, memory=1.0)
+    kinds = [line["event"] for line in lines if line["pass"] == "reconstruct"]
+    assert kinds == ["estimate", "unit", "unit", "pass"]
+    estimate = next(line for line in lines if line["event"] == "estimate")
+    assert estimate["units"] == 4
+    assert estimate["seconds"] > 0
+    # two inputs and the target of a block, and two outputs of the one before: 32 images, 5 tokens of 16 values
+    assert estimate["megabytes"] == pytest.approx(5 * 32 * 5 * 16 * 4e-6)
+
+
+def test_mixed_images_are_calibrated_on_beside_the_given_ones(monkeypatch):
+    seen = []
+    flow = reconstruction.Flow
+    monkeypatch.setattr(reconstruction, "Flow", lambda *args: seen.append(flow(*args)) or seen[-1])
+    learned(tiny.conv(), cutmix=0.75, iterations=2)
+    assert seen[0].sizes == [16, 16, 16, 8]
+    given = torch.cat(images())
+    assert torch.equal(torch.cat(seen[0].batches[:2]), given)
+    assert not torch.equal(seen[0].batches[2], given[:16])

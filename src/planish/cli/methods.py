@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 import sys
 import textwrap
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
+from typing import Any
 
 from planish.cli.options import Methods
 from planish.errors import PlanishError
@@ -37,7 +38,9 @@ def execute(command: Methods) -> None:
 
 def _options(name: str) -> None:
     if name in METHODS:
-        _print({f"{name}: {METHODS[name].summary} [{METHODS[name].paper}]; it has no options": []})
+        passes = [(step.name, "", "") if not is_dataclass(step) else (step.name, _values(step), "")
+                  for step in METHODS[name].passes()]  # fmt: skip
+        _print({f"{name}: {METHODS[name].summary} [{METHODS[name].paper}]; its passes:": passes})
         return
     if name not in TRAINING:
         raise PlanishError(f"method {name!r} is not known: choose one of {', '.join([*METHODS, *TRAINING])}")
@@ -45,6 +48,11 @@ def _options(name: str) -> None:
     documented = option_docs(type(method))
     entries = [(f"{f.name}={getattr(method, f.name)}", documented.get(f.name, ""), "") for f in fields(method)]
     _print({f"{method.name}: {method.summary} [{method.paper}]": entries})
+
+
+def _values(step: Any) -> str:
+    """The options of a pass, as they would be written in Python."""
+    return ", ".join(f"{f.name}={getattr(step, f.name)!r}" for f in fields(step))
 
 
 def _print(groups: dict[str, list[tuple[str, str, str]]]) -> None:

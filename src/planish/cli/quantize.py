@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from rich.console import Console
 
 from planish.cli.files import check_target
 from planish.cli.options import Quantize
@@ -14,8 +15,10 @@ from planish.ptq.files import save_quantized, weights_megabytes
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig
 from planish.recipes.material import prepare
+from planish.recipes.passes import chosen_passes
 from planish.recipes.processes import is_main, make_console
 from planish.recipes.session import free_cores, say
+from planish.recipes.work import Work, duration
 
 
 def execute(command: Quantize) -> None:
@@ -33,12 +36,15 @@ def execute(command: Quantize) -> None:
     torch.set_num_threads(command.models.threads or free_cores())
     material = prepare(config, console)
 
-    def log(event: dict[str, Any]) -> None:
-        agreement = 100 * event["after"]["agreement"]
-        say(console, f"{event['pass']}: agrees with the float network on {agreement:.1f} %, {event['seconds']:.2f} s")
-
     scheme, method, loaded = config.schemes[0], command.method, material.loaded
-    model = quantize(loaded.model, material.calibration, scheme, method, allow=command.quantize.allow, log=log)
+    passes = chosen_passes(method, command.quantize, command.models.seed)
+    with Work([(method, 1.0)], console) as work:
+        work.begin(f"{loaded.name} at {scheme} by {method}")
+        model = quantize(
+            loaded.model, material.calibration, scheme, passes, allow=command.quantize.allow,
+            log=lambda event: _say(console, event), progress=work.at,
+        )  # fmt: skip
+        work.end()
     console.print()
     console.print(str(ledger(model)), markup=False, highlight=False, no_wrap=True, crop=False, overflow="ignore")
     console.print()
@@ -53,3 +59,18 @@ def execute(command: Quantize) -> None:
         console,
         f"{command.out}: {scheme} by {method}; {size:.3f} MB of weights at their bits (this file stores them in float)",
     )
+
+
+def _say(console: Console, event: dict[str, Any]) -> None:
+    """A line for what a pass has to say."""
+    kind, name = event["event"], event["pass"]
+    if kind == "pass":
+        agreement = 100 * event["after"]["agreement"]
+        say(console, f"{name}: agrees with the float network on {agreement:.1f} %, {duration(event['seconds'])}")
+    elif kind == "estimate":
+        more = event["megabytes"] - event["held_megabytes"]
+        disk = f", {more:.0f} MB of them on disk" if more > 0 else ""
+        about = duration(event["seconds"])
+        say(console, f"{name}: {event['units']} units, about {about}, {event['megabytes']:.0f} MB of caches{disk}")
+    elif kind == "note":
+        say(console, f"{name}: note: {event['text']}")

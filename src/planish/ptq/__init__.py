@@ -1,6 +1,6 @@
 """Post-training quantization: passes, the methods that are lists of them, and ``quantize``."""
 
-from planish.ptq.methods import METHODS, Method, get_method
+from planish.ptq.methods import METHODS, Method, get_method, with_settings
 from planish.ptq.passes import Calibration, Pass
 from planish.ptq.quantize import quantize
 from planish.ptq.reconstruction import Reconstruct
@@ -17,4 +17,5 @@ __all__ = [
     "Round",
     "get_method",
     "quantize",
+    "with_settings",
 ]

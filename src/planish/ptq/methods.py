@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 from planish.errors import PlanishError
 from planish.ptq.passes import Pass
+from planish.ptq.reconstruction import Reconstruct
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
 
 
@@ -20,6 +22,10 @@ class Method:
     passes: Callable[[], list[Pass]]
 
 
+def _reconstructed(**options: Any) -> Callable[[], list[Pass]]:
+    return lambda: [FoldBatchNorm(), Calibrate(), Round(), Reconstruct(**options)]
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -29,8 +35,69 @@ METHODS = {
             "Jacob et al. 2018, arXiv 1712.05877",
             lambda: [FoldBatchNorm(), Calibrate(), Round()],
         ),
+        Method(
+            "adaround",
+            "roundings learned layer by layer",
+            "Nagel et al. 2020, arXiv 2004.10568",
+            _reconstructed(learner="adaround", drop=0.0, layers=1),
+        ),
+        Method(
+            "brecq",
+            "roundings learned block by block, errors weighted by squared gradients",
+            "Li et al. 2021, arXiv 2102.05426",
+            _reconstructed(learner="adaround", drop=0.0, loss="fisher"),
+        ),
+        Method(
+            "qdrop",
+            "roundings and activation steps learned block by block, activations left unrounded at random",
+            "Wei et al. 2022, arXiv 2203.05740",
+            _reconstructed(learner="adaround"),
+        ),
+        Method(
+            "genie",
+            "qdrop, and the scales of the weights are learned",
+            "Jeon et al. 2023, arXiv 2212.04780",
+            _reconstructed(),
+        ),
+        Method(
+            "pd-quant",
+            "genie, and the logits behind a block are compared, too",
+            "Liu et al. 2023, arXiv 2212.07048",
+            _reconstructed(loss="pd"),
+        ),
+        Method(
+            "ls-vit",
+            "genie, errors weighted by a least-squares diagonal Hessian",
+            "LS-ViT, CVPR 2026",
+            _reconstructed(loss="lsh"),
+        ),
+        Method(
+            "glf",
+            "weights and scales learned straight through, block by block, by the features before the classifier",
+            "GLF-Q, Sun et al. 2026",
+            _reconstructed(learner="ste", loss="glf"),
+        ),
+        Method(
+            "signround",
+            "roundings and clips learned block by block by signs of gradients",
+            "Cheng et al. 2023, arXiv 2309.05516",
+            _reconstructed(learner="signround", drop=0.0),
+        ),
     )
 }
+
+
+def with_settings(passes: Iterable[Pass], **settings: Any) -> list[Pass]:
+    """The passes with some options set, each in those passes that have it; ``None`` leaves an option as it is.
+
+    >>> with_settings(get_method("qdrop").passes(), iterations=200, seed=1)
+    """
+    changed: list[Pass] = []
+    for step in passes:
+        known: list[str] = [field.name for field in fields(step)] if is_dataclass(step) else []
+        mine = {name: value for name, value in settings.items() if name in known and value is not None}
+        changed.append(replace(step, **mine) if mine else step)  # type: ignore[type-var]
+    return changed
 
 
 def get_method(name: str) -> Method:

@@ -49,7 +49,8 @@ class Calibration:
 class Pass(Protocol):
     """Changes ``calibration.model`` in place."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def __call__(self, calibration: Calibration) -> None: ...
 

@@ -30,6 +30,10 @@ def check_run(config: RunConfig) -> RunConfig:
         check_training(config.train, config.noise)
     if config.quantize.calibration_images < 1:
         raise PlanishError(f"calibration-images is {config.quantize.calibration_images}: give at least 1")
+    if config.quantize.iterations is not None and config.quantize.iterations < 1:
+        raise PlanishError(f"iterations is {config.quantize.iterations}: give at least 1")
+    if not config.quantize.memory > 0:
+        raise PlanishError(f"memory is {config.quantize.memory}: give gigabytes, more than 0")
     schemes, prepare = _names(config.schemes), _names(config.prepare)
     if "flat" in config.arms and not (prepare or schemes):
         raise PlanishError("no scheme to flatten for: give --schemes, or --prepare")

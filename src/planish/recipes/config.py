@@ -69,6 +69,10 @@ class QuantizeOptions:
     """training images, balanced over the classes, on which ranges are set; all of them where there are fewer"""
     allow: Annotated[tuple[str, ...], arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")] = ()
     """patterns of products that may stay in float"""
+    iterations: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
+    """steps in which a block learns its roundings, in a method that learns them; default: the method's own"""
+    memory: float = 4.0
+    """gigabytes of cached block inputs that are held in memory; the rest goes into temporary files"""
 
 
 @dataclass(frozen=True)

