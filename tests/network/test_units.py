@@ -7,7 +7,7 @@ import torchvision
 from torch import nn
 
 from planish.network import watch
-from planish.network.units import find_units
+from planish.network.units import find_units, join_units
 from tests.training import tiny
 
 torch.set_num_threads(1)
@@ -96,3 +96,17 @@ def test_the_parameters_are_left_as_they_were():
     units(model, size=16, channels=1)
     assert [p.requires_grad for p in model.parameters()] == before
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_units_are_joined_where_their_sizes_differ_most():
+    model = nn.Sequential(*(nn.Linear(a, b) for a, b in [(4, 4), (4, 40), (40, 40), (40, 2), (2, 2)])).eval()
+    example = torch.randn(1, 4)
+    products = watch(model, example).products
+    found = find_units(model, example, products)
+    names = [[unit.name for unit in join_units(found, products, count)] for count in range(4)]
+    assert names[0] == ["0", "1", "2", "3", "4"]  # 16, 160, 1600, 80 and 4 weights
+    assert names[1] in (["0", "1", "2 + 3", "4"], ["0", "1", "2", "3 + 4"])
+    assert names[2] == ["0", "1", "2 + 3 + 4"]
+    joined = join_units(found, products, 2)[-1]
+    assert (joined.first, joined.path, joined.shape) == ("2", "4", (1, 2))
+    assert joined.products == tuple(name for unit in found[2:] for name in unit.products)

@@ -8,7 +8,7 @@ import timm
 import torch
 
 from planish.network import assign, detach, watch
-from planish.network.units import find_units
+from planish.network.units import find_units, join_units
 from planish.ptq import Calibrate, Calibration, FoldBatchNorm, Round
 from planish.ptq.flow import Flow, Suffix
 from planish.ptq.shelf import Shelf
@@ -85,6 +85,24 @@ def test_a_suffix_gives_the_logits_and_the_features(name):
         (gradient,) = torch.autograd.grad(suffix.logits(outputs).square().sum(), outputs)
         assert gradient.abs().sum() > 0
     assert not any("forward" in module.__dict__ for module in teacher.modules())
+
+
+@pytest.mark.parametrize("name", ["conv", "vit", "resnet"])
+def test_joined_units_are_run_from_the_first_to_the_last(name):
+    torch.manual_seed(0)
+    student, teacher, units, batches = MODELS[name]()
+    products = watch(teacher, batches[0][:1]).products
+    joined = join_units(units, products, 2)
+    assert max(len(unit.before) for unit in joined) >= 1
+    flow = Flow(student, teacher, joined, batches, Shelf(1e9))
+    features, logits = seen(teacher, units[-1].path, batches)
+    for index, unit in enumerate(joined):
+        data = flow.data(index)
+        torch.testing.assert_close(data.quantized, seen(student, unit.first, batches)[0])
+        torch.testing.assert_close(data.target, seen(teacher, unit.path, batches)[1])
+        torch.testing.assert_close(flow.run("student", index, data.quantized), seen(student, unit.path, batches)[1])
+        torch.testing.assert_close(Suffix(flow, index, units[-1].path, logits, features).logits(data.target), logits)
+        flow.advance(index, data)
 
 
 def test_what_does_not_fit_into_memory_goes_into_files(tmp_path):

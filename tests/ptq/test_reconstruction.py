@@ -150,6 +150,8 @@ def test_a_unit_that_cannot_run_alone_is_left_rounded_and_named():
         ({"loss": "x"}, "loss of the reconstruction is 'x'"),
         ({"drop": 1.0}, "drop is 1.0"),
         ({"iterations": 0}, "iterations of a reconstruction is 0"),
+        ({"joint": -1}, "joint is -1"),
+        ({"cutmix": 1.5}, "cutmix is 1.5"),
         ({"batch": -1}, "batch of a reconstruction is -1"),
     ],
 )
@@ -162,6 +164,13 @@ def test_a_loss_that_is_not_finite_names_the_unit(monkeypatch):
     monkeypatch.setattr("planish.ptq.objectives.squared_error", lambda z, y: (z - y).sum() * float("nan"))
     with pytest.raises(PlanishError, match=r"4: the loss of its reconstruction is nan; give a smaller travel"):
         learned(tiny.conv())
+
+
+def test_pairs_are_learned_together():
+    _, shares = errors_of_units(tiny.vit(), "w2a4", 16, joint=1)
+    assert len(shares) == 2
+    assert sum(" + " in name for name in shares) == 1
+    assert max(shares.values()) < 0.9
 
 
 def test_an_estimate_comes_before_the_first_unit_and_memory_is_a_bound_on_it():

@@ -8,8 +8,9 @@ et al. 2021, arXiv 2102.05426, section 3.2).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -31,12 +32,24 @@ class Unit:
         products: names of the products inside, in the order of execution.
         link: whether the network may be cut at its input and its output.
         shape: of its output for one image.
+        before: links right before it that are one unit with it: it begins where the first of them does.
     """
 
     path: str
     products: tuple[str, ...]
     link: bool
     shape: tuple[int, ...] = ()
+    before: tuple[Unit, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """The paths of its modules, for a person."""
+        return " + ".join(unit.path for unit in (*self.before, self))
+
+    @property
+    def first(self) -> str:
+        """The path of the module that it begins with."""
+        return self.before[0].path if self.before else self.path
 
 
 @dataclass
@@ -77,6 +90,27 @@ def find_units(model: nn.Module, example: Any, products: Iterable[Product], *, l
     units += [divide.unit(path, link=False) for path in loose if path]  # a product of the root itself has no module
     order = {product.name: i for i, product in enumerate(products)}
     return sorted(units, key=lambda unit: order[unit.products[0]])
+
+
+def join_units(units: Sequence[Unit], products: Iterable[Product], count: int) -> list[Unit]:
+    """The units, with the ``count`` adjacent pairs of links joined whose capacities differ most.
+
+    In the manner of MRECG (Ma et al. 2023, arXiv 2303.11906, section 4.2): the error of a reconstruction oscillates
+    where a unit has far fewer parameters than its neighbour, and the two had better be one. The capacity is the number
+    of weights here, and what is compared is its ratio.
+    """
+    sizes = {p.name: math.prod(p.weight.shape) for p in products if p.weight is not None}
+    capacity = [sum(sizes.get(name, 0) for name in unit.products) for unit in units]
+    pairs = [i for i in range(len(units) - 1) if units[i].link and units[i + 1].link and min(capacity[i : i + 2])]
+    pairs.sort(key=lambda i: -abs(math.log(capacity[i] / capacity[i + 1])))
+    chosen, joined = set(pairs[:count]), list[Unit]()
+    for i, unit in enumerate(units):
+        if i - 1 in chosen:
+            last = joined.pop()
+            members = (*last.before, replace(last, before=()))
+            unit = replace(unit, products=last.products + unit.products, before=members)
+        joined.append(unit)
+    return joined
 
 
 @dataclass

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -110,9 +110,11 @@ class Flow:
 
     def run(self, which: str, index: int, x: Tensor) -> Tensor:
         """The output of a unit for some of its inputs."""
-        path = self.units[index].path
-        more, options = self.extra.get(path, ((), {}))
-        found = first_tensor(self._model(which).get_submodule(path)(x, *more, **options))
+        unit, model = self.units[index], self._model(which)
+        more, options = self.extra.get(unit.path, ((), {}))
+        if unit.before:
+            return self._through(model, index, (x, *more), options)
+        found = first_tensor(model.get_submodule(unit.path)(x, *more, **options))
         assert found is not None
         return found
 
@@ -148,28 +150,47 @@ class Flow:
         repeats = -(-count // size)
         return map_tensors(self.batches[0], lambda t: t.repeat(repeats, *[1] * (t.dim() - 1))[:count])
 
-    @contextmanager
-    def _shortened(self, model: nn.Module, index: int, value: Tensor) -> Iterator[None]:
-        """Links before ``index`` give zeros, and that one ``value``."""
-        handles = []
+    def _through(self, model: nn.Module, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        """The output of a unit of several links, and of what lies between them."""
+        unit = self.units[index]
+
+        def enter(module: nn.Module, *_: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            return args, kwargs
+
+        def leave(module: nn.Module, _: Any, output: Any) -> None:
+            raise _Reached((first_tensor(output),), {})
+
+        handles = [
+            model.get_submodule(unit.first).register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+            model.get_submodule(unit.path).register_forward_hook(leave),
+        ]
         try:
-            for unit in self.units[:index]:
-                if unit.link:
-                    zeros = value.new_zeros(()).expand(len(value), *unit.shape[1:])
-                    handles.append(_returning(model.get_submodule(unit.path), zeros))
-            if index >= 0:
-                handles.append(_returning(model.get_submodule(self.units[index].path), value))
-            for handle in handles:
-                handle.__enter__()
-            yield
+            with self._shortened(model, index, args[0], inclusive=False):
+                call_model(model, self._any_images(len(args[0])))
+        except _Reached as reached:
+            found: Tensor = reached.args_there[0]
+            return found
         finally:
-            for handle in reversed(handles):
-                handle.__exit__(None, None, None)
+            for handle in handles:
+                handle.remove()
+        raise AssertionError(f"{unit.name} was not run")
+
+    @contextmanager
+    def _shortened(self, model: nn.Module, index: int, value: Tensor, *, inclusive: bool = True) -> Iterator[None]:
+        """Links before ``index`` give zeros, and that one (if ``inclusive``) gives ``value``."""
+        with ExitStack() as stack:
+            for i, unit in enumerate(self.units[: index + inclusive]):
+                for link in (*unit.before, unit) if unit.link else ():
+                    given = value if i == index and link is unit else None
+                    if given is None:
+                        given = value.new_zeros(()).expand(len(value), *link.shape[1:])
+                    stack.enter_context(_returning(model.get_submodule(link.path), given))
+            yield
 
     @torch.no_grad()
     def _inputs(self, which: str, index: int) -> Tensor | None:
         """The input of a unit for every image; ``None`` if it depends on more than one tensor."""
-        model, path, result, at = self._model(which), self.units[index].path, None, 0
+        model, path, result, at = self._model(which), self.units[index].first, None, 0
         for batch, size in zip(self.batches, self.sizes, strict=True):
             cached = self.outputs[which][at : at + size].to(_device(batch)) if self.known >= 0 else torch.empty(0)
             try:
@@ -179,7 +200,7 @@ class Flow:
                 (x, *more), options = reached.args_there, reached.kwargs_there
             if any(isinstance(value, Tensor) for value in (*more, *options.values())) or len(x) != size:
                 return None
-            self.extra[path] = (tuple(more), dict(options))
+            self.extra[self.units[index].path] = (tuple(more), dict(options))
             result = self.shelf.room(self.images, x.shape[1:]) if result is None else result
             result[at : at + size] = x
             at += size

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from planish.errors import PlanishError
 from planish.network import detach
 from planish.network.batches import first_image, map_tensors
-from planish.network.units import LAYERS, find_units
+from planish.network.units import LAYERS, find_units, join_units
 from planish.ptq.cutmix import cutmix
 from planish.ptq.flow import Flow, Suffix, batch_size
 from planish.ptq.learners import Learner, get_learner
@@ -40,6 +40,7 @@ class Reconstruct(Settings):
         loss: what is minimised: a key of ``planish.ptq.objectives.OBJECTIVES``.
         travel: how far a rounding may come in all (``Learner.travel``); ``None``: the learner's own.
         layers: units with at most so many layers stay whole (``find_units``); 1: layer by layer.
+        joint: so many adjacent pairs of units are reconstructed together, those that differ most in size (MRECG).
         memory: gigabytes of cached inputs and outputs that are held in memory; the rest goes into temporary files.
         cutmix: images with a rectangle from another one (CutMix, arXiv 1905.04899) that are calibrated on beside the
             given ones, as a share of their number, up to 1.
@@ -51,6 +52,7 @@ class Reconstruct(Settings):
     loss: str = "local"
     travel: float | None = None
     layers: int = LAYERS
+    joint: int = 0
     memory: float = 4.0
     cutmix: float = 0.0
 
@@ -59,7 +61,7 @@ class Reconstruct(Settings):
         teacher = float_copy(calibration.model)
         products = calibration.assignment.products
         example = first_image(calibration.batches[0])
-        units = find_units(teacher, example, products, layers=self.layers)
+        units = join_units(find_units(teacher, example, products, layers=self.layers), products, self.joint)
         shelf = Shelf(self.memory * 1e9)
         batches = [*calibration.batches, *self._mixed(calibration.batches)]
         flow = Flow(calibration.model, teacher, units, batches, shelf)
@@ -79,6 +81,8 @@ class Reconstruct(Settings):
         for what, value in (("iterations", self.iterations), ("batch", self.batch), ("memory", self.memory)):
             if value <= 0:
                 raise PlanishError(f"the {what} of a reconstruction is {value}: give a positive number")
+        if self.joint < 0:
+            raise PlanishError(f"joint is {self.joint}: give the number of pairs that are reconstructed together, or 0")
         learner = get_learner(self.learner)
         return learner if self.travel is None else replace(learner, travel=self.travel)
 
@@ -102,7 +106,7 @@ class Reconstruct(Settings):
         for index, unit in enumerate(flow.units):
             data = flow.data(index)
             if data is None:
-                calibration.note(self.name, f"{unit.path} cannot be run alone: its weights are rounded to nearest")
+                calibration.note(self.name, f"{unit.name} cannot be run alone: its weights are rounded to nearest")
                 continue
             if index in units:
                 suffix = Suffix(flow, index, *suffix_parts) if suffix_parts else None
@@ -110,7 +114,7 @@ class Reconstruct(Settings):
                 before, after = work.learn(make_objective(self.loss, flow, index, data, suffix))
                 done = units.index(index) + 1
                 calibration.record(
-                    event="unit", **{"pass": self.name}, unit=unit.path, before=before, after=after,
+                    event="unit", **{"pass": self.name}, unit=unit.name, before=before, after=after,
                     seconds=time.perf_counter() - began,
                 )  # fmt: skip
                 calibration.progress(done / len(units))

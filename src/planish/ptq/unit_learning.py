@@ -166,7 +166,7 @@ class UnitLearning:
                 if beta is not None:
                     loss = loss + PENALTY * sum(tap.penalty(beta) for tap in soft) / math.sqrt(size)
                 if not torch.isfinite(loss):
-                    path = self.flow.units[self.index].path
+                    path = self.flow.units[self.index].name
                     raise PlanishError(
                         f"{path}: the loss of its reconstruction is {loss.item()}; give a smaller travel"
                     )
