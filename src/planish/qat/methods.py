@@ -64,9 +64,18 @@ class KD(Method):
     temperature: float = 1.0
 
 
+@dataclass(frozen=True)
+class BestQAT(MEC):
+    """What did best in this project's own runs: MEC with the features of the float network (docs/training.md)."""
+
+    name: ClassVar[str] = "best-qat"
+    summary: ClassVar[str] = "the one that did best here: mec as it is by default"
+    paper: ClassVar[str] = "docs/training.md"
+
+
 METHODS: dict[str, type[Method]] = {
     method.name: method
-    for method in (Method, LSQPlus, PACT, DoReFa, KD, FPQ, CR, MEC, OFQ, Dampen, Freeze, EWGS, SAQ, GPLQ)
+    for method in (Method, LSQPlus, PACT, DoReFa, KD, FPQ, CR, MEC, OFQ, Dampen, Freeze, EWGS, SAQ, GPLQ, BestQAT)
 }
 
 
