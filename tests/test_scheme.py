@@ -108,3 +108,48 @@ def test_schemes_are_frozen_and_hashable():
     with pytest.raises(FrozenInstanceError):
         scheme.name = "w5"
     assert len({scheme, Scheme.parse("W4A4")}) == 1
+
+
+OVERRIDES = (("a.linear", "w2a8"), ("b.linear", "w3"), ("c.attention_qk", "a3"), ("d.linear", "w2a8"))
+
+
+def test_overrides_are_described_and_change_nothing_when_there_are_none():
+    plain = Scheme.parse("w4a4")
+    assert plain.overrides == ()
+    mixed = replace(plain, overrides=OVERRIDES)
+    said = "; but w2a8 for a.linear, d.linear; but w3 for b.linear; but a3 for c.attention_qk"
+    assert mixed.describe() == plain.describe() + said
+    assert hash(mixed) != hash(plain)
+    assert mixed.edge().overrides == OVERRIDES
+
+
+def test_an_override_keeps_the_kind_of_grid():
+    scheme = replace(Scheme.parse("w4a4"), activations=Format(4, "token", symmetric=False, observer="minmax"))
+    at = scheme.at("w3a6")
+    assert at.weights == replace(scheme.weights, bits=3)
+    assert at.activations == replace(scheme.activations, bits=6)
+    assert scheme.at("w4a4").weights == scheme.weights
+    assert scheme.at("w3").activations is None
+    assert scheme.at("a3").weights == scheme.weights
+    assert Scheme.parse("w3").at("w4a5").activations == Format(5, "tensor", symmetric=False)
+
+
+def test_two_bits_are_half_integer_unless_the_scheme_has_two_bits_of_another_kind():
+    assert Scheme.parse("w4a4").at("w2a4").weights == Scheme.parse("w2a4").weights
+    assert Scheme.parse("w2a4").at("w4a4").weights == Scheme.parse("w4a4").weights
+    assert Scheme.parse("w4a2").at("w4a4").activations == Scheme.parse("w4a4").activations
+    other = replace(Scheme.parse("w2"), weights=Format(2, "channel"))
+    assert not other.at("w2").weights.half_integer
+    affine = replace(Scheme.parse("w4"), weights=Format(4, "channel", symmetric=False))
+    assert not affine.at("w2").weights.half_integer
+
+
+@pytest.mark.parametrize("notation", ["", "w9a4", "w3b4", "a", "W3A4x", "4", None, "a4w3"])
+def test_overrides_that_are_not_understood(notation):
+    with pytest.raises(PlanishError, match=r"of block\.linear is not understood: write w3a4, w3 .* or, .* a4"):
+        replace(Scheme.parse("w4a4"), overrides=(("block.linear", notation),))
+
+
+def test_a_product_is_overridden_once():
+    with pytest.raises(PlanishError, match=r"name 'a\.linear' more than once"):
+        replace(Scheme.parse("w4a4"), overrides=(*OVERRIDES, ("a.linear", "w2a8")))

@@ -85,12 +85,19 @@ class Scheme:
         weights: format of the weights.
         activations: format of layer inputs and attention operands; None leaves activations in float.
         edge_bits: width of the first and the last layer (weights and inputs); None: the same as the rest.
+        overrides: products with widths of their own, as pairs of the product's exact name and a notation, such as
+            ("head.linear", "w3a8") for a product with a weight ("w3": its input stays in float) or "a4" for one of two
+            activations. They go before everything else, the bits of the first and last layer included.
+
+    Raises:
+        PlanishError: a field is outside what is listed above, or a product is overridden twice.
     """
 
     name: str
     weights: Format
     activations: Format | None = None
     edge_bits: int | None = 8
+    overrides: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         bits = self.edge_bits
@@ -98,6 +105,12 @@ class Scheme:
             raise PlanishError(
                 f"edge_bits is {bits!r}: give {MIN_BITS} to {MAX_BITS}, or None for the bits of the rest."
             )
+        for product, notation in self.overrides:
+            read_override(notation, product)
+        names = [product for product, _ in self.overrides]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise PlanishError(f"the overrides name {twice!r} more than once: give each product one notation.")
 
     def edge(self) -> Scheme:
         """The scheme of the first and last layer: the same formats at `edge_bits`."""
@@ -111,7 +124,26 @@ class Scheme:
         """One line for the protocol card."""
         activations = "float" if self.activations is None else self.activations.describe()
         edge = "as the rest" if self.edge_bits is None else f"{self.edge_bits} bits"
-        return f"{self.name}: weights {self.weights.describe()}; activations {activations}; first and last layer {edge}"
+        line = f"{self.name}: weights {self.weights.describe()}; activations {activations}; first and last layer {edge}"
+        alike: dict[str, list[str]] = {}
+        for product, notation in self.overrides:
+            alike.setdefault(notation, []).append(product)
+        return "; but ".join([line, *(f"{notation} for {', '.join(names)}" for notation, names in alike.items())])
+
+    def at(self, notation: str) -> Scheme:
+        """The formats of a product that is overridden with `notation`: the same kinds of grid at its widths.
+
+        A symmetric 2-bit grid of the weights is the half-integer one, as in `parse`, unless 2 is the scheme's own width
+        and its grid is another.
+        """
+        weight_bits, activation_bits = read_override(notation)
+        weights, activations = self.weights, None
+        if weight_bits is not None and weight_bits != weights.bits:
+            weights = replace(weights, bits=weight_bits, half_integer=weights.symmetric and weight_bits == 2)
+        if activation_bits is not None:
+            like = self.activations or Format(activation_bits, "tensor", symmetric=False)
+            activations = like if like.bits == activation_bits else like.at(activation_bits)
+        return replace(self, name=notation, weights=weights, activations=activations, overrides=())
 
     @staticmethod
     def parse(text: str | Scheme) -> Scheme:
@@ -139,3 +171,18 @@ class Scheme:
 
 def _name(weights: Format, activations: Format | None) -> str:
     return f"w{weights.bits}" + (f"a{activations.bits}" if activations else "")
+
+
+def read_override(notation: str, product: str = "") -> tuple[int | None, int | None]:
+    """Bits of weights and of activations in "w3a4", "w3" (activations in float) or "a4" (a product without a weight).
+
+    Raises:
+        PlanishError: the notation is not one of these; the sentence names `product`.
+    """
+    match = re.fullmatch(r"(?=.)(?:w([2-8]))?(?:a([2-8]))?", notation) if isinstance(notation, str) else None
+    if match is None:
+        raise PlanishError(
+            f"override {notation!r}{f' of {product}' if product else ''} is not understood: write w3a4, w3 "
+            f"(activations in float) or, for a product without a weight, a4, with {MIN_BITS} to {MAX_BITS} bits each."
+        )
+    return tuple(int(bits) if bits else None for bits in match.groups())  # type: ignore[return-value]

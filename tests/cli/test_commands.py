@@ -101,6 +101,28 @@ def test_quantize_writes_what_evaluate_reads(tiny, planish, shared, tmp_path):
     assert planish("quantize", *tiny, "--overwrite").status == 0
 
 
+def test_quantize_within_a_budget(tiny, planish):
+    from planish.network import ledger
+    from planish.ptq.files import load_quantized, weights_megabytes
+
+    ended = planish("quantize", *tiny, "--scheme", "w3a4", "--budget", "0.9kB")
+    assert ended.status == 0, ended.err
+    assert re.search(r"assign-bits: agrees with the float network on 100\.0 %", ended.out)
+    model, head = load_quantized(Path("quantized.safetensors"), trust=True)
+    assert head["protocol"]["budget"] == "0.9kB"
+    size = weights_megabytes(model)
+    assert 0.0007 < size <= 0.0009
+    assert f"of a budget of 900 B: {1e6 * size:.4g} B, " in ended.out
+    bits = [site.bits for site in ledger(model).rows if site.site.endswith("weight")]
+    assert len(set(bits)) > 1
+    for line in (f"conv2.weight  conv2d    {bits[1]}     channel", f"head.weight   linear    {bits[2]}     channel"):
+        assert line in ended.out
+    for budget, match in (("20B", "too little"), ("plenty", "budget 'plenty' is not understood")):
+        refused = planish("quantize", *tiny, "--budget", budget, "--overwrite")
+        assert refused.status == 2
+        assert match in refused.err
+
+
 def test_flatten_writes_weights_of_the_same_architecture(tiny, planish):
     ended = planish("flatten", *tiny, "--epochs", "1", "--scheme", "w3a3", "--out", "f.safetensors")
     assert ended.status == 0, ended.err

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.network import assign, watch
+from planish.network import assign, ledger, watch
 from planish.network.batches import first_image
 from planish.ptq import quantize
 from planish.scheme import Scheme
@@ -157,3 +157,63 @@ def test_a_vector_gets_one_scale():
 
     formats = assign(watch(Vector(), torch.randn(4, 6)), Scheme.parse("w4a4")).formats
     assert formats["v"].granularity == "tensor"
+
+
+def overridden(model, example, *overrides, scheme="w4a4", **options):
+    return assign(watch(model, first_image(example)), replace(Scheme.parse(scheme), overrides=overrides), **options)
+
+
+def test_an_override_goes_before_the_scheme_and_the_edge_bits():
+    model, example = build("vit_gray_28")
+    before = assign(watch(model, first_image(example)), "w4a4").formats
+    changes = {
+        "head.linear": "w2a6", "blocks.0.mlp.fc1.linear": "w3", "blocks.1.attn.attention_qk": "a8",
+        "blocks.1.mlp.fc2.linear": "w2a4",
+    }  # fmt: skip
+    after = overridden(model, example, *changes.items()).formats
+    bits = {name: fmt and fmt.bits for name, fmt in after.items() if fmt != before[name]}
+    assert bits == {
+        "head.weight": 2, "head.input": 6, "blocks.0.mlp.fc1.weight": 3, "blocks.0.mlp.fc1.input": None,
+        "blocks.1.attn.attention_qk_query": 8, "blocks.1.attn.attention_qk_key": 8, "blocks.1.mlp.fc2.weight": 2,
+    }  # fmt: skip
+    assert (
+        after["blocks.1.mlp.fc2.weight"]
+        == assign(watch(model, first_image(example)), "w2a4").formats["blocks.1.mlp.fc2.weight"]
+    )
+    assert list(overridden(model, example, *changes.items()).quantized())
+    row = {row.site: row.bits for row in ledger(model, overridden(model, example, *changes.items()).scheme).rows}
+    assert row["head.weight"] == 2
+    assert row["blocks.0.mlp.fc1.input"] is None
+
+
+def test_an_override_decides_for_a_tensor_that_another_product_shares():
+    model, example = build("twice")
+    for name in ("body.linear", "tied.linear"):
+        assert overridden(model, example, (name, "w3a4")).formats["body.weight"].bits == 3
+    with pytest.raises(
+        PlanishError, match=r"body\.linear and tied\.linear give the tensor body\.weight, .* 3 and 2 bits"
+    ):
+        overridden(model, example, ("body.linear", "w3a4"), ("tied.linear", "w2a4"))
+
+
+@pytest.mark.parametrize(
+    ("override", "match"),
+    [
+        (("head", "w3a4"), r"override 'w3a4' of 'head' names no matrix product of this model; its products are patch_"),
+        (("blocks.*.linear", "w3a4"), "names no matrix product"),
+        (("head.linear", "a4"), r"'a4' of head\.linear does not fit: the product has a weight, so write w4a4"),
+        (("blocks.0.attn.attention_qk", "w3a5"), r"does not fit: the product has no weight, so write a5"),
+        (("blocks.0.mlp.fc1.linear", "w3a4"), r"left in float by allow: drop one of the two"),
+    ],
+)
+def test_overrides_that_cannot_be_followed(override, match):
+    with pytest.raises(PlanishError, match=match):
+        overridden(*build("vit_gray_28"), override, allow=("blocks.0.mlp*",))
+
+
+def test_tokens_keep_scales_of_their_own_at_other_widths():
+    model, example = build("vit_gray_28")
+    scheme = replace(by_token(), overrides=(("blocks.0.mlp.fc1.linear", "w4a6"), ("head.linear", "w4a6")))
+    formats = assign(watch(model, first_image(example)), scheme).formats
+    assert (formats["blocks.0.mlp.fc1.input"].bits, formats["blocks.0.mlp.fc1.input"].granularity) == (6, "token")
+    assert (formats["head.input"].bits, formats["head.input"].granularity) == (6, "tensor")

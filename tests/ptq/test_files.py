@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.models import Preprocessing
+from planish.models import Preprocessing, build, read_weights
 from planish.ptq import quantize
 from planish.ptq.files import KEY, load_quantized, save_quantized, weights_megabytes
 
@@ -97,3 +101,22 @@ def test_a_file_for_another_architecture(quantized, tmp_path):
     save_quantized(model, tmp_path / "q.safetensors", other, LOOKS, {})
     with pytest.raises(PlanishError, match="does not fit the architecture"):
         load_quantized(tmp_path / "q.safetensors")
+
+
+def test_a_file_without_overrides_and_one_with_them(quantized, tmp_path):
+    model, recipe, images = quantized
+    save_quantized(model, tmp_path / "q.safetensors", recipe, LOOKS, {})
+    state, metadata = read_weights(tmp_path / "q.safetensors")
+    head = json.loads(metadata[KEY])
+    assert head["scheme"].pop("overrides") == []
+    save_file(state, tmp_path / "old.safetensors", {KEY: json.dumps(head)})  # as before there were any
+    old, _ = load_quantized(tmp_path / "old.safetensors")
+    assert old.planish_assignment.scheme == model.planish_assignment.scheme
+    name = next(p.name for p in model.planish_assignment.products if p.weight is not None)
+    scheme = replace(model.planish_assignment.scheme, overrides=((name, "w5a6"),))
+    other = quantize(build(recipe), [images], scheme)
+    save_quantized(other, tmp_path / "mixed.safetensors", recipe, LOOKS, {})
+    loaded, _ = load_quantized(tmp_path / "mixed.safetensors")
+    assert loaded.planish_assignment.scheme == scheme
+    with torch.no_grad():
+        assert torch.equal(loaded(images), other(images))

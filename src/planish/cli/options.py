@@ -55,6 +55,9 @@ class Quantize:
     """bits of weights and activations, such as w4a4, w4a8 or w3 (weights only)"""
     method: str = "rtn"
     """`planish methods` lists them"""
+    budget: Annotated[str | None, arg(metavar="BUDGET", help_behavior_hint="")] = None
+    """give each layer's weights bits of their own, as many as fit: 0.9MB, 450kB, 0.13x (of the float size), 2.5Gbops
+    (bit operations for one image); activations keep the bits of --scheme"""
     out: Path = Path("quantized.safetensors")
     """file for the quantized model"""
     overwrite: bool = False

@@ -11,7 +11,10 @@ from planish.cli.files import check_target
 from planish.cli.options import Quantize
 from planish.network import ledger
 from planish.ptq import quantize
+from planish.ptq.assign_bits import AssignBits, with_bits
+from planish.ptq.budget import Budget, say_cost
 from planish.ptq.files import save_quantized, weights_megabytes
+from planish.ptq.widths import total_bit_operations
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig
 from planish.recipes.material import prepare
@@ -32,12 +35,15 @@ def execute(command: Quantize) -> None:
     )
     config = check_run(config)
     check_target(command.out, command.overwrite)
+    budget = None if command.budget is None else Budget.parse(command.budget)
     console = make_console()
     torch.set_num_threads(command.models.threads or free_cores())
     material = prepare(config, console)
 
     scheme, method, loaded = config.schemes[0], command.method, material.loaded
     passes = chosen_passes(method, command.quantize, command.models.seed)
+    if budget is not None:
+        passes = with_bits(passes, AssignBits(budget))
     with Work([(method, 1.0)], console) as work:
         work.begin(f"{loaded.name} at {scheme} by {method}")
         model = quantize(
@@ -52,6 +58,8 @@ def execute(command: Quantize) -> None:
         "model": loaded.name, "checkpoint": loaded.weights_hash, "data": material.data.name, "method": method,
         "calibration_images": material.calibration_images, "calibration_seed": command.models.seed,
     }  # fmt: skip
+    if command.budget is not None:
+        protocol["budget"] = command.budget
     if is_main():
         save_quantized(model, command.out, loaded.recipe, loaded.preprocessing, protocol)
     size = weights_megabytes(model)
@@ -59,6 +67,10 @@ def execute(command: Quantize) -> None:
         console,
         f"{command.out}: {scheme} by {method}; {size:.3f} MB of weights at their bits (this file stores them in float)",
     )
+    if budget is not None:
+        plan: Any = model.planish_assignment
+        reached = (say_cost(1e6 * size, "bytes"), say_cost(total_bit_operations(plan), "bops"))
+        say(console, f"of a budget of {budget.describe()}: {reached[0]}, {reached[1]} for one image")
 
 
 def _say(console: Console, event: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from planish.errors import PlanishError
 from planish.network.sites import Product, Site, Watched
-from planish.scheme import Format, Scheme
+from planish.scheme import Format, Scheme, read_override
 
 
 @dataclass(frozen=True)
@@ -80,16 +80,48 @@ def _activation_format(product: Product, site: Site, activations: Format | None,
     return activations if tokens else replace(activations, granularity="tensor")
 
 
+def _check_overrides(watched: Watched, overrides: Mapping[str, str], allow: Iterable[str]) -> None:
+    """Raise :class:`PlanishError` on the first override that cannot be followed."""
+    products = {product.name: product for product in watched.products}
+    said: dict[str, tuple[str, int | None]] = {}  # by site: the product that spoke, and its bits
+    for name, notation in overrides.items():
+        if name not in products:
+            raise PlanishError(
+                f"override {notation!r} of {name!r} names no matrix product of this model; "
+                f"its products are {', '.join([*products][:4])}, ..."
+            )
+        product = products[name]
+        if _matches(product, allow):
+            raise PlanishError(
+                f"{name} is overridden with {notation!r} and left in float by allow: drop one of the two"
+            )
+        weight_bits, activation_bits = read_override(notation, name)
+        if (weight_bits is None) != (product.weight is None):
+            fitting = f"a{activation_bits or 4}" if product.weight is None else f"w{weight_bits or 4}{notation}"
+            has = "has no weight" if product.weight is None else "has a weight"
+            raise PlanishError(f"override {notation!r} of {name} does not fit: the product {has}, so write {fitting}")
+        for site in product.sites:
+            bits = weight_bits if site.is_weight else activation_bits
+            other, before = said.setdefault(site.name, (name, bits))
+            if before != bits:
+                raise PlanishError(
+                    f"overrides of {other} and {name} give the tensor {site.name}, which they share, "
+                    f"{before or 'float'} and {bits or 'float'} bits: give both the same"
+                )
+
+
 def assign(watched: Watched, scheme: Scheme | str, *, allow: Iterable[str] = ()) -> Assignment:
     """Give every site of a watched model its format.
 
-    The first and the last product that have a weight get ``scheme.edge_bits`` for weight and input.
+    The first and the last product that have a weight get ``scheme.edge_bits`` for weight and input, and the products
+    in ``scheme.overrides`` what is said there.
 
     Args:
         allow: shell patterns of modules or products (``"blocks.0.attn"``, ``"head*"``) that may stay in float.
 
     Raises:
-        PlanishError: a product can be reached by no tap and ``allow`` does not name it, or a pattern matches nothing.
+        PlanishError: a product can be reached by no tap and ``allow`` does not name it, a pattern matches nothing, or
+            an override names no product, one that ``allow`` leaves in float, or widths that do not fit the product.
     """
     scheme = Scheme.parse(scheme)
     patterns = (allow,) if isinstance(allow, str) else tuple(allow)
@@ -97,14 +129,20 @@ def assign(watched: Watched, scheme: Scheme | str, *, allow: Iterable[str] = ())
     unreachable = check_covered(watched, patterns)
     weighted = [product for product in watched.products if product.weight is not None]
     edges = {product.name for product in (weighted[:1] + weighted[-1:])}
+    overrides = dict(scheme.overrides)
+    _check_overrides(watched, overrides, patterns)
     formats: dict[str, Format | None] = {}
     allowed = [*unreachable]
-    for product in watched.products:
+    # overridden products come last, so that theirs is the format of a site that they share with another product
+    for product in sorted(watched.products, key=lambda product: product.name in overrides):
         if _matches(product, patterns):
             allowed.append(product)
             formats.update({site.name: None for site in product.sites if site.name not in formats})
             continue
-        chosen = scheme.edge() if product.name in edges else scheme
+        if product.name in overrides:
+            chosen = scheme.at(overrides[product.name])
+        else:
+            chosen = scheme.edge() if product.name in edges else scheme
         for site in product.sites:
             if site.is_weight:
                 formats[site.name] = _weight_format(site, chosen.weights)

@@ -118,6 +118,7 @@ def _read_head(text: str, path: Path) -> tuple[dict[str, Any], Scheme]:
         fields = dict(head["scheme"])
         fields["weights"] = Format(**fields["weights"])
         fields["activations"] = fields["activations"] and Format(**fields["activations"])
+        fields["overrides"] = tuple((product, notation) for product, notation in fields.get("overrides", ()))
         read = {
             "recipe": dict(head["recipe"]), "preprocessing": preprocessing_from(head["preprocessing"]),
             "allow": list(head["allow"]), "rebuilt": [dict(note) for note in head["rebuilt"]],
