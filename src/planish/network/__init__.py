@@ -5,6 +5,7 @@ from planish.network.folding import fold_batchnorm
 from planish.network.ledger import Ledger, ledger
 from planish.network.norms import reestimate_batchnorm
 from planish.network.query_key import reparameterize_query_key
+from planish.network.residual import find_stream, rotate_stream
 from planish.network.sites import Product, Site, Watched, watch
 from planish.network.taps import attach, detach, taps_of
 
@@ -18,10 +19,12 @@ __all__ = [
     "attach",
     "check_covered",
     "detach",
+    "find_stream",
     "fold_batchnorm",
     "ledger",
     "reestimate_batchnorm",
     "reparameterize_query_key",
+    "rotate_stream",
     "taps_of",
     "watch",
 ]

@@ -1,0 +1,59 @@
+"""For passes that must not change what the network computes: the test that they do not, and when they may run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from planish.errors import PlanishError
+from planish.network.batches import map_tensors
+from planish.network.taps import taps_of
+from planish.ptq.passes import Calibration, run_logits
+
+TOLERANCE = 1e-6  # largest change of a logit in float64, relative to the largest magnitude
+IMAGES = 4  # a change that is not exact shows on the first
+
+
+@torch.no_grad()
+def check_exact(model: nn.Module, change: Callable[[nn.Module, Any], None], batch: Any, what: str) -> None:
+    """Do ``change(model, images)`` to a copy in float64 and compare the logits of a few images; the model is untouched.
+
+    Float64 tells rounding, in whatever precision the network runs, from what is not the same function.
+
+    Args:
+        what: the subject of the sentence if it is not ("turning the values").
+
+    Raises:
+        PlanishError: the logits change, or the network does not run in float64.
+    """
+    images = map_tensors(few_images(batch), lambda t: t.double() if t.is_floating_point() else t)
+    before = copy.deepcopy(model).double()
+    after = copy.deepcopy(before)
+    change(after, images)
+    try:
+        (now,), (then,) = run_logits(after, [images]), run_logits(before, [images])
+    except RuntimeError as error:
+        raise PlanishError(f"{what} cannot be checked, because the network does not run in float64: {error}") from None
+    difference = relative_change(now, then)
+    if not difference <= TOLERANCE:
+        raise PlanishError(f"{what} changes the outputs by {difference:.1g} of the largest logit, so it is left out")
+
+
+def few_images(batch: Any) -> Any:
+    """The first images of a batch: enough to see what the network does."""
+    return map_tensors(batch, lambda tensor: tensor[:IMAGES])
+
+
+def relative_change(now: Tensor, before: Tensor) -> float:
+    """Largest difference of two tensors, relative to the largest magnitude of the second; NaN if one is not finite."""
+    return float((now - before).abs().max() / before.abs().max().clamp(min=torch.finfo(before.dtype).tiny))
+
+
+def require_float(calibration: Calibration, name: str) -> None:
+    """Raise :class:`PlanishError` if the network has taps: a pass that changes the float network has to come first."""
+    if next(taps_of(calibration.model), None) is not None:
+        raise PlanishError(f"{name} changes the network in float: put it before the passes that quantize anything")
