@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -58,6 +59,17 @@ class _Running:
 
 
 _RUNNING: list[_Running] = []  # innermost last
+
+
+@contextmanager
+def stepped_out() -> Iterator[None]:
+    """For a forward pass that waits while another one runs: inside, no tapped module counts as running."""
+    mine = list(_RUNNING)
+    _RUNNING.clear()
+    try:
+        yield
+    finally:
+        _RUNNING[:] = mine
 
 
 class _OperandTaps(ProductMode):

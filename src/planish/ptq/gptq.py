@@ -1,0 +1,178 @@
+"""GPTQ: round a weight column by column, and let the columns that are left make up for the error.
+
+Frantar et al. 2022, arXiv 2210.17323, after optimal brain quantization (Frantar and Alistarh 2022, arXiv 2208.11580).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planish.errors import PlanishError
+from planish.functional import Grid, dequantize, quantize
+from planish.network import Site, detach, taps_of
+from planish.ptq.layers import LayerCall, layer_weights, parameter_at, visit_layers
+from planish.ptq.passes import Calibration
+from planish.ptq.ridge import RidgeCorrection
+from planish.ptq.rounding import Round
+
+INPUTS = ("quantized", "float")
+
+
+def input_moments(calls: list[LayerCall]) -> Tensor:
+    """The Hessian of the squared error of a layer's output, 2 X X^T (equation 1): (G, K, K), float64."""
+    total: Tensor | None = None
+    for call in calls:
+        for x, _ in call.columns():
+            part = 2 * (x @ x.transpose(1, 2)).double()
+            total = part if total is None else total.add_(part)
+    assert total is not None
+    if not total.isfinite().all():
+        raise PlanishError(
+            f"{calls[0].site}: inputs of this layer are not finite or too large to be squared; look for an overflow in "
+            f"the layers before it"
+        )
+    return total
+
+
+def gptq_round(
+    weight: Tensor, hessian: Tensor, grid: Grid, *, damp: float = 0.01, act_order: bool = True, block: int = 128
+) -> Tensor:
+    """Points of the grid for ``weight`` whose product with the inputs is near the one of the weight.
+
+    Column after column is rounded to nearest; its error, divided by the diagonal of the inverse Hessian of the columns
+    that are left, is fed back into these (equation 2). The rows of the inverses are those of the upper Cholesky factor
+    of the whole inverse (section 3.3).
+
+    Args:
+        weight: (G, R, K): groups, output channels, inputs of a group.
+        hessian: (G, K, K), symmetric and positive semidefinite; its scale does not matter.
+        grid: with tensors that broadcast against ``weight``.
+        damp: added to the diagonal, as a share of its mean.
+        act_order: the columns with the largest diagonal first; else from left to right.
+        block: columns whose feedback into the columns after them is put off and done at once.
+
+    Returns:
+        The shape of ``weight``, float32, on the grid. A column whose input is always zero is rounded to nearest.
+    """
+    hessian = hessian.double()
+    order = torch.arange(weight.shape[-1], device=weight.device).expand(len(weight), -1)
+    if act_order:
+        order = hessian.diagonal(dim1=1, dim2=2).argsort(dim=-1, descending=True, stable=True)
+    rows = hessian.gather(1, order[:, :, None].expand_as(hessian))
+    factor = _inverse_factor(rows.gather(2, order[:, None].expand_as(rows)), damp)
+
+    def ordered(x: Tensor) -> Tensor:
+        return x.expand(weight.shape).gather(2, order[:, None].expand(weight.shape))
+
+    w, scale, zero = ordered(weight.double()), ordered(grid.scale), ordered(grid.zero_point)
+    codes = torch.empty_like(w)
+    for start in range(0, w.shape[-1], block):
+        end = min(start + block, w.shape[-1])
+        errors = torch.zeros_like(w[..., start:end])
+        for i in range(start, end):
+            column = grid._replace(scale=scale[..., i], zero_point=zero[..., i])
+            codes[..., i] = quantize(w[..., i], column)
+            error = (w[..., i] - dequantize(codes[..., i], column)) / factor[:, i, i, None]
+            w[..., i:end] -= error[..., None] * factor[:, i, None, i:end]
+            errors[..., i - start] = error
+        w[..., end:] -= errors @ factor[:, start:end, end:]
+    back = torch.empty_like(codes).scatter_(2, order[:, None].expand(weight.shape), codes)
+    return dequantize(back.float(), grid)
+
+
+def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
+    """The upper triangular U (G, K, K) with U^T U = the inverse of the damped Hessian."""
+    diagonal = hessian.diagonal(dim1=1, dim2=2)
+    dead = diagonal <= 0  # an input that is always zero; the rest of its row is zero, too
+    mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
+    mean = torch.where(mean > 0, mean, 1.0)
+    while True:
+        damped = hessian + torch.diag_embed(torch.where(dead, mean, damp * mean))
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed.any():
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed.any():
+                return upper
+        damp *= 10  # float64 cannot resolve so little
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """Round the weights by GPTQ, in the order of execution, on the grids that the scheme's observer sets.
+
+    Every image goes through the network once; at each layer all wait until its weight is rounded. Products other than
+    linear layers and convolutions, and weights that are computed from parameters, are rounded to nearest, which the log
+    says.
+
+    Attributes:
+        damp: added to the diagonal of the Hessian, as a share of its mean.
+        act_order: round the columns with the largest inputs first.
+        inputs: "quantized": the layer's inputs as the quantized layers before it give them; "float": those of the float
+            network.
+        block: columns that are rounded before the others hear of it; it changes the time, not the result.
+        ridge: before a layer is rounded, move its weight by this correction towards the float network's output, whose
+            inputs then are those that the *rounded* layers before it give.
+
+    Raises:
+        PlanishError: an option has no meaning, or inputs of a layer are not finite.
+    """
+
+    damp: float = 0.01
+    act_order: bool = True
+    inputs: str = "quantized"
+    block: int = 128
+    ridge: RidgeCorrection | None = None
+
+    name = "gptq"
+
+    def __post_init__(self) -> None:
+        if not self.damp > 0:
+            raise PlanishError(f"gptq: damp is {self.damp}: give a share of the mean diagonal above 0, such as 0.01")
+        if self.inputs not in INPUTS:
+            raise PlanishError(f"gptq: inputs is {self.inputs!r}: choose one of {', '.join(INPUTS)}")
+        if self.block < 1:
+            raise PlanishError(f"gptq: block is {self.block}: give a number of columns, at least 1")
+        if self.ridge is not None and self.inputs == "float":
+            raise PlanishError("gptq: ridge corrects for quantized inputs: leave it out or set inputs='quantized'")
+
+    @torch.no_grad()
+    def __call__(self, calibration: Calibration) -> None:
+        weights = {site.name: site for site, _ in calibration.assignment.quantized() if site.is_weight}
+        present: dict[str, Any] = dict(taps_of(calibration.model))
+        if not all(getattr(present.get(name), "fitted", False) for name in weights):
+            Round()(calibration)
+        rounded = self._walk(
+            calibration, {n: site for n, site in layer_weights(calibration.assignment).items() if n in weights}
+        )
+        left = [name for name in weights if name not in rounded]
+        if left:
+            text = f"{len(left)} of {len(weights)} weights are rounded to nearest instead: {', '.join(left[:3])}"
+            calibration.log.append({"event": "note", "pass": self.name, "text": text + (", ..." if left[3:] else "")})
+
+    def _walk(self, calibration: Calibration, wanted: Mapping[str, Site]) -> set[str]:
+        """Round the wanted weights, layer by layer; returns which were reached."""
+        model = calibration.model
+        taps: dict[str, Any] = dict(taps_of(model))
+        twin = copy.deepcopy(model)
+        detach(twin)
+
+        def decide(site: str, calls: list[list[LayerCall]]) -> None:
+            parameter = parameter_at(model, wanted[site])
+            if self.ridge is not None:
+                self.ridge.correct(model, wanted[site], *calls)
+            call, grid = calls[0][0], taps[site].grid
+            hessian = input_moments(calls[0])
+            grid = grid._replace(scale=call.matrix(grid.scale), zero_point=call.matrix(grid.zero_point))
+            values = gptq_round(
+                call.matrix(parameter), hessian, grid, damp=self.damp, act_order=self.act_order, block=self.block
+            )
+            parameter.copy_(call.from_matrix(values))
+
+        networks = [twin] if self.inputs == "float" else [model] if self.ridge is None else [model, twin]
+        return visit_layers(networks, calibration.assignment.products, calibration.batches, wanted, decide)
