@@ -42,9 +42,9 @@ class _Reader(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not _tensors(result):  # a question about shape or dtype
+        if not tensors_in(result):  # a question about shape or dtype
             return result
-        self.reads.update(id(tensor) for tensor in _tensors((args, kwargs)))
+        self.reads.update(id(tensor) for tensor in tensors_in((args, kwargs)))
         signature = SIGNATURES.get(func)
         if signature is not None and signature.weighted:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
@@ -69,7 +69,7 @@ def find_pairs(model: nn.Module, example: Any) -> list[tuple[str, str]]:
     reader = _Reader()
     with torch.inference_mode(False), torch.no_grad(), evaluating(model), reader:
         returned = call_model(model, example)
-    reads = reader.reads + Counter(id(tensor) for tensor in _tensors(returned))
+    reads = reader.reads + Counter(id(tensor) for tensor in tensors_in(returned))
     layers = {
         id(m._parameters["weight"]): (n, m) for n, m in model.named_modules() if m._parameters.get("weight") is not None
     }
@@ -104,16 +104,16 @@ def fold_batchnorm(model: nn.Module, example: Any) -> list[tuple[str, str]]:
     pairs = find_pairs(model, example)
     if not pairs:
         return []
-    before = _outputs(model, example)
+    before = outputs(model, example)
     undo = [_fold(model, *pair) for pair in pairs]
-    if _same(_outputs(model, example), before):
+    if same_outputs(outputs(model, example), before):
         return pairs
     for saved in reversed(undo):
         saved.restore()
     folded = []
     for pair in pairs:
         saved = _fold(model, *pair)
-        if _same(_outputs(model, example), before):
+        if same_outputs(outputs(model, example), before):
             folded.append(pair)
         else:
             saved.restore()
@@ -161,12 +161,12 @@ def _fold(model: nn.Module, layer_path: str, norm_path: str) -> _Saved:
     return saved
 
 
-def _outputs(model: nn.Module, example: Any) -> list[Tensor]:
+def outputs(model: nn.Module, example: Any) -> list[Tensor]:
     with torch.inference_mode(False), evaluating(model):
-        return [tensor for tensor in _tensors(call_model(model, example)) if tensor.is_floating_point()]
+        return [tensor for tensor in tensors_in(call_model(model, example)) if tensor.is_floating_point()]
 
 
-def _same(now: list[Tensor], before: list[Tensor]) -> bool:
+def same_outputs(now: list[Tensor], before: list[Tensor]) -> bool:
     """Whether outputs agree; what was not finite before says nothing."""
     for a, b in zip(now, before, strict=True):
         finite = b.isfinite()
@@ -175,12 +175,12 @@ def _same(now: list[Tensor], before: list[Tensor]) -> bool:
     return True
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
     """Every tensor in nested sequences and mappings."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
-        return [tensor for item in value.values() for tensor in _tensors(item)]
+        return [tensor for item in value.values() for tensor in tensors_in(item)]
     if isinstance(value, (tuple, list)):
-        return [tensor for item in value for tensor in _tensors(item)]
+        return [tensor for item in value for tensor in tensors_in(item)]
     return []

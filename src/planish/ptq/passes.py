@@ -27,6 +27,7 @@ class Calibration:
     given: nn.Module | None = None  # the float model as it was given; not to be changed
     allow: tuple[str, ...] = ()  # patterns of products that may stay in float
     log: list[dict[str, Any]] = field(default_factory=list)
+    float_twin: nn.Module | None = None  # the network in float, with the layers that it has now; see ptq/outputs.py
     tell: Callable[[dict[str, Any]], None] = lambda line: None  # hears every line of the log as it is written
     progress: Callable[[float], None] = lambda share: None  # of the pass that is running
 

@@ -1,0 +1,153 @@
+"""Tuning a few parameters of the quantized network by distillation from the float network."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from planish.errors import PlanishError
+from planish.network.batches import call_model, logits_of, map_tensors, split_batch, to_device
+from planish.network.modes import evaluating
+from planish.ptq.affines import Affines
+from planish.ptq.passes import Calibration
+
+CHECKS = 10  # times that the distance on the held-out images is taken; the best of the checks is kept
+
+
+def divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(softmax(target / T) || softmax(logits / T))``, the mean over the images; logits (B, classes)."""
+    given, wanted = (F.log_softmax(x.float() / temperature, -1) for x in (logits, target))
+    return temperature**2 * F.kl_div(given, wanted, log_target=True, reduction="batchmean")
+
+
+@dataclass(frozen=True)
+class Images:
+    """Inputs of N images and the float network's logits for them."""
+
+    inputs: Any
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, which: Tensor) -> Images:
+        return Images(map_tensors(self.inputs, lambda t: t[which.to(t.device)]), self.targets[which])
+
+    def shuffled(self, batch: int, generator: torch.Generator) -> Iterator[Images]:
+        """Batches without end; each epoch leaves out the images that do not fill one."""
+        size = min(batch, len(self))
+        while True:
+            order = torch.randperm(len(self), generator=generator)
+            yield from (self[part] for part in order.split(size) if len(part) == size)
+
+
+def _join(batches: Sequence[Any]) -> Any:
+    """One batch of several, for whatever nesting of tensors they are."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches))
+    if isinstance(first, Mapping):
+        return {key: _join([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(_join(parts) for parts in zip(*batches, strict=True))
+    return first
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """Distillation from the float network, and its options.
+
+    Attributes:
+        steps: optimizer steps.
+        lr: peak learning rate of AdamW (no weight decay); it falls to 0 along a cosine.
+        batch: images of a step.
+        temperature: of the distillation loss ``T^2 KL(float || quantized)``.
+        clip: norm to which the gradient is clipped.
+        images: batches of images to tune on (labels are not read), gone through as often as needed, in place of the
+            calibration images, which then all judge the result.
+        seed: of the order of the images and of the choice of those held out.
+    """
+
+    steps: int = 200
+    lr: float = 1e-2
+    batch: int = 64
+    temperature: float = 4.0
+    clip: float = 1.0
+    images: Iterable[Any] | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for option in ("steps", "batch"):
+            if getattr(self, option) < 1:
+                raise PlanishError(f"{option} is {getattr(self, option)}: norm tuning takes at least 1.")
+        for option in ("lr", "temperature", "clip"):
+            if not 0 < getattr(self, option) < math.inf:
+                raise PlanishError(f"{option} is {getattr(self, option)}: give a number above 0.")
+
+    def split(self, calibration: Calibration) -> tuple[Iterator[Images], Images]:
+        """Batches to tune on, without end, and the images that judge the result: a tenth of the calibration images, or
+        all of them where there are others to tune on."""
+        device = next(calibration.model.parameters()).device
+        every = Images(_join(calibration.batches), torch.cat(calibration.reference).to(device))
+        if self.images is not None:
+            return self._stream(calibration.given, device), every
+        generator = torch.Generator().manual_seed(self.seed)
+        order = torch.randperm(len(every), generator=generator)
+        held = max(1, len(every) // 10) if len(every) > 1 else 0
+        fit = every[order[held:]]
+        return fit.shuffled(self.batch, generator), every[order[:held]] if held else fit
+
+    def _stream(self, teacher: nn.Module | None, device: torch.device) -> Iterator[Images]:
+        assert self.images is not None
+        if teacher is None:
+            raise PlanishError("images need the float network to learn from: pass them to planish.quantize")
+        while True:
+            used = False
+            for batch in self.images:
+                used = True
+                inputs = to_device(split_batch(batch)[0], device)
+                with torch.no_grad(), evaluating(teacher):
+                    targets = logits_of(call_model(teacher, inputs))
+                yield Images(inputs, targets)
+            if not used:
+                raise PlanishError("images gave no batch: give a loader that can be gone through several times")
+
+    @torch.no_grad()
+    def distance(self, model: nn.Module, images: Images) -> float:
+        """Mean divergence of the model's outputs from the float network's."""
+        total = 0.0
+        for part in torch.arange(len(images)).split(max(self.batch, 64)):
+            some = images[part]
+            logits = logits_of(call_model(model, some.inputs))
+            total += len(some) * float(divergence(logits, some.targets, self.temperature))
+        return total / len(images)
+
+    def tune(self, model: nn.Module, affines: Affines, batches: Iterator[Images], held: Images) -> tuple[float, float]:
+        """Train the affines in place; returns the distance before and after. They are as before if it is not lower."""
+        model.eval()
+        parameters = affines.parameters()
+        optimizer = torch.optim.AdamW(parameters, self.lr, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: (1 + math.cos(math.pi * s / self.steps)) / 2)
+        checks = {round(self.steps * i / CHECKS) for i in range(1, CHECKS + 1)}
+        with torch.inference_mode(False), torch.enable_grad(), affines.applied():
+            before = least = self.distance(model, held)
+            best = affines.values()
+            for step in range(1, self.steps + 1):
+                some = next(batches)
+                loss = divergence(logits_of(call_model(model, some.inputs)), some.targets, self.temperature)
+                optimizer.zero_grad()
+                loss.backward()  # type: ignore[no-untyped-call]
+                torch.nn.utils.clip_grad_norm_(parameters, self.clip)
+                optimizer.step()
+                schedule.step()
+                if step in checks and (now := self.distance(model, held)) < least:
+                    least, best = now, affines.values()
+            optimizer.zero_grad()
+            affines.put(best)
+        return before, least
