@@ -7,8 +7,16 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from planish.errors import PlanishError
+from planish.ptq.bias import CorrectBias
+from planish.ptq.compensation import BlockCompensation
+from planish.ptq.equalize import Equalize
+from planish.ptq.gptq import GPTQ
+from planish.ptq.norm_tuning import PrepareNorms, TuneNorms
 from planish.ptq.passes import Pass
 from planish.ptq.reconstruction import Reconstruct
+from planish.ptq.repq import RepQ
+from planish.ptq.ridge import RidgeCorrection
+from planish.ptq.rotate import Rotate
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
 
 
@@ -34,6 +42,48 @@ METHODS = {
             "calibrated rounding to nearest: fold BatchNorm, set activation ranges, round the weights",
             "Jacob et al. 2018, arXiv 1712.05877",
             lambda: [FoldBatchNorm(), Calibrate(), Round()],
+        ),
+        Method(
+            "gptq",
+            "columns of a weight are rounded in turn, the others make up for the error; no backpropagation",
+            "Frantar et al. 2022, arXiv 2210.17323",
+            lambda: [FoldBatchNorm(), Calibrate(), GPTQ()],
+        ),
+        Method(
+            "erq",
+            "gptq, after a ridge regression has fitted the weights to the quantized inputs",
+            "Zhong et al. 2024, arXiv 2407.06794",
+            lambda: [FoldBatchNorm(), Calibrate(), GPTQ(ridge=RidgeCorrection())],
+        ),
+        Method(
+            "qwt",
+            "rtn, and one ridge regression beside every residual block, in float",
+            "Fu et al. 2024, arXiv 2411.13918",
+            lambda: [FoldBatchNorm(), Calibrate(), Round(), BlockCompensation()],
+        ),
+        Method(
+            "dfq",
+            "rtn with ranges of channels made equal across layers, and biases corrected",
+            "Nagel et al. 2019, arXiv 1906.04721",
+            lambda: [FoldBatchNorm(), Equalize(), Calibrate(), Round(), CorrectBias()],
+        ),
+        Method(
+            "rotate",
+            "rtn, after the residual stream and the heads were turned by random Hadamard matrices",
+            "QuaRot, Ashkboos et al. 2024, arXiv 2404.00456",
+            lambda: [Rotate(), FoldBatchNorm(), Calibrate(), Round()],
+        ),
+        Method(
+            "repq",
+            "rtn with ranges per channel after LayerNorm, folded into it and the next layers",
+            "Li et al. 2023, arXiv 2212.08254",
+            lambda: [RepQ(), FoldBatchNorm(), Calibrate(), Round()],
+        ),
+        Method(
+            "sandwich",
+            "rtn, the affine maps of norms tuned by distillation before and after",
+            "SandwichQuant, Xia and Pang 2026, arXiv 2608.24173",
+            lambda: [PrepareNorms(), FoldBatchNorm(), Calibrate(), Round(), TuneNorms()],
         ),
         Method(
             "adaround",
