@@ -25,7 +25,7 @@ class CorrectBias:
     def __call__(self, calibration: Calibration) -> None:
         layers = layers_of(calibration)
         if not layers:
-            calibration.log.append({"event": "note", "pass": self.name, "text": "no layer can take a bias"})
+            calibration.note(self.name, "no layer can take a bias")
             return
         model, batches = calibration.model, calibration.batches
         exact = output_moments(float_twin(calibration), [layer.path for layer in layers], batches)

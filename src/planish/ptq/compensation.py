@@ -179,7 +179,7 @@ class BlockCompensation:
             with evaluating(given):
                 self._fit(model, given, [path for path, *_ in blocks], calibration.batches)
         text = f"{len(blocks)} blocks got a linear map in float" if blocks else "no residual block was found"
-        calibration.log.append({"event": "note", "pass": self.name, "text": text})
+        calibration.note(self.name, text)
 
     def _fit(self, model: nn.Module, given: nn.Module, paths: Sequence[str], batches: Sequence[Any]) -> None:
         """Set the maps, block by block, all images at the same time."""

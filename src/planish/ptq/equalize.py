@@ -117,7 +117,7 @@ class Equalize:
         if kept and self.guard and not (after := _rounding_error(calibration)) < before:
             saved.restore()
             text += f"; rounded to nearest the error rose from {before:.3g} to {after:.3g}, so all of it was undone"
-        calibration.log.append({"event": "note", "pass": self.name, "text": text})
+        calibration.note(self.name, text)
 
     def equalize(self, model: nn.Module, chains: Sequence[Chain], batch: Any) -> list[Chain]:
         """Scale the pairs in place; returns those that were kept, all of which leave the outputs on ``batch``."""

@@ -17,6 +17,7 @@ from planish.errors import PlanishError
 from planish.functional import Grid, dequantize, quantize
 from planish.network import Site, detach, taps_of
 from planish.ptq.layers import LayerCall, layer_weights, parameter_at, visit_layers
+from planish.ptq.outputs import keep_float
 from planish.ptq.passes import Calibration
 from planish.ptq.ridge import RidgeCorrection
 from planish.ptq.rounding import Round
@@ -143,6 +144,7 @@ class GPTQ:
 
     @torch.no_grad()
     def __call__(self, calibration: Calibration) -> None:
+        keep_float(calibration)
         weights = {site.name: site for site, _ in calibration.assignment.quantized() if site.is_weight}
         present: dict[str, Any] = dict(taps_of(calibration.model))
         if not all(getattr(present.get(name), "fitted", False) for name in weights):
@@ -153,7 +155,7 @@ class GPTQ:
         left = [name for name in weights if name not in rounded]
         if left:
             text = f"{len(left)} of {len(weights)} weights are rounded to nearest instead: {', '.join(left[:3])}"
-            calibration.log.append({"event": "note", "pass": self.name, "text": text + (", ..." if left[3:] else "")})
+            calibration.note(self.name, text + (", ..." if left[3:] else ""))
 
     def _walk(self, calibration: Calibration, wanted: Mapping[str, Site]) -> set[str]:
         """Round the wanted weights, layer by layer; returns which were reached."""

@@ -34,6 +34,11 @@ def _reconstructed(**options: Any) -> Callable[[], list[Pass]]:
     return lambda: [FoldBatchNorm(), Calibrate(), Round(), Reconstruct(**options)]
 
 
+def _fast() -> list[Pass]:
+    """Seconds, and no backpropagation; a network without LayerNorm is not rotated."""
+    return [Rotate(), FoldBatchNorm(), Calibrate(), GPTQ(ridge=RidgeCorrection())]
+
+
 METHODS = {
     method.name: method
     for method in (
@@ -132,6 +137,9 @@ METHODS = {
             "roundings and clips learned block by block by signs of gradients",
             "Cheng et al. 2023, arXiv 2309.05516",
             _reconstructed(learner="signround", drop=0.0),
+        ),
+        Method(
+            "fast", "rotation, ridge regression and gptq: the best without backpropagation", "docs/methods.md", _fast
         ),
     )
 }

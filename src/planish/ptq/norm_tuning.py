@@ -132,7 +132,7 @@ def _folded(calibration: Calibration) -> dict[str, str]:
 
 
 def _note(calibration: Calibration, name: str, text: str) -> None:
-    calibration.log.append({"event": "note", "pass": name, "text": text})
+    calibration.note(name, text)
 
 
 def _report(calibration: Calibration, name: str, before: float, after: float) -> None:

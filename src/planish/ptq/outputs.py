@@ -41,14 +41,21 @@ class Layer:
 class KeepFloat:
     """Keep a copy of the network as it is now, in float, for the passes that compare layers with it.
 
-    It is needed before passes that change float weights (AdaRound and the like) when ``CorrectBias`` or
-    ``MatchStatistics`` come after them.
+    The passes that change weights (``GPTQ``, ``RidgeCorrection``, ``Reconstruct``) do so themselves, if none before
+    them did. In a list it is needed only before passes of one's own that change them.
     """
 
     name = "keep-float"
 
     def __call__(self, calibration: Calibration) -> None:
         calibration.float_twin = _without_taps(calibration.model)
+
+
+def keep_float(calibration: Calibration) -> nn.Module:
+    """The float network that passes compare with: the one that was kept, or else the network as it is now."""
+    if calibration.float_twin is None:
+        calibration.float_twin = _without_taps(calibration.model)
+    return calibration.float_twin
 
 
 def float_twin(calibration: Calibration) -> nn.Module:

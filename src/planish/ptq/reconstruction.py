@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from planish.errors import PlanishError
-from planish.network import detach
 from planish.network.batches import first_image, map_tensors
 from planish.network.units import LAYERS, find_units, join_units
 from planish.ptq.cutmix import cutmix
 from planish.ptq.flow import Flow, Suffix, batch_size
 from planish.ptq.learners import Learner, get_learner
 from planish.ptq.objectives import check_objective, make_objective
+from planish.ptq.outputs import keep_float
 from planish.ptq.passes import Calibration
 from planish.ptq.shelf import Shelf
 from planish.ptq.unit_learning import Settings, UnitLearning
@@ -29,11 +28,11 @@ COST = 6.0  # of an iteration in every unit, in passes of the float network; mea
 class Reconstruct(Settings):
     """Learn the roundings of the weights and the steps of the activations, unit by unit, from the first to the last.
 
-    A network that was calibrated and rounded goes in (``FoldBatchNorm``, ``Calibrate``, ``Round``). In each unit the
-    squared error of its output against the float network's is minimised over the calibration images, with inputs as
-    the units before it, already reconstructed, give them. The blocks are those of BRECQ (arXiv 2102.05426), the random
-    dropping of activation rounding is QDrop's (arXiv 2203.05740), the roundings are AdaRound's (arXiv 2004.10568),
-    Genie-M's (arXiv 2212.04780), straight-through ones (GLF-Q) or SignRound's (arXiv 2309.05516).
+    A network that was calibrated and rounded goes in (``FoldBatchNorm``, ``Calibrate``, and ``Round`` or ``GPTQ``). In
+    each unit the squared error of its output against the float network's is minimised over the calibration images, with
+    inputs as the units before it, already reconstructed, give them. The blocks are those of BRECQ (arXiv 2102.05426),
+    the random dropping of activation rounding is QDrop's (arXiv 2203.05740), the roundings are AdaRound's (arXiv
+    2004.10568), Genie-M's (arXiv 2212.04780), straight-through ones (GLF-Q) or SignRound's (arXiv 2309.05516).
 
     Attributes: those of :class:`Settings`, and
         learner: how roundings are learned: a key of ``planish.ptq.learners.LEARNERS``.
@@ -58,7 +57,7 @@ class Reconstruct(Settings):
 
     def __call__(self, calibration: Calibration) -> None:
         learner = self._checked()
-        teacher = float_copy(calibration.model)
+        teacher = keep_float(calibration)
         products = calibration.assignment.products
         example = first_image(calibration.batches[0])
         units = join_units(find_units(teacher, example, products, layers=self.layers), products, self.joint)
@@ -151,10 +150,3 @@ class Reconstruct(Settings):
         finally:
             handle.remove()
         return last, logits, torch.cat(kept)
-
-
-def float_copy(model: nn.Module) -> nn.Module:
-    """A copy without taps: the network that computes with the latent weights."""
-    twin = copy.deepcopy(model).eval().requires_grad_(False)
-    detach(twin)
-    return twin

@@ -81,7 +81,7 @@ class RepQ:
         _fold_all(folds, model)
 
     def _note(self, calibration: Calibration, text: str) -> None:
-        calibration.log.append({"event": "note", "pass": self.name, "text": text})
+        calibration.note(self.name, text)
 
 
 def one_range(ranges: Ranges, fmt: Format) -> Fold:

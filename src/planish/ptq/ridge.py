@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from planish.errors import PlanishError
 from planish.network import Site, detach
 from planish.ptq.layers import LayerCall, layer_weights, parameter_at, visit_layers
+from planish.ptq.outputs import keep_float
 from planish.ptq.passes import Calibration
 
 
@@ -88,11 +89,12 @@ class RidgeCorrection:
 
     @torch.no_grad()
     def __call__(self, calibration: Calibration) -> None:
+        keep_float(calibration)
         plan, model = calibration.assignment, calibration.model
         quantized = {site.name for site, _ in plan.quantized()}
         if not any(site.name in quantized and not site.is_weight for p in plan.products for site in p.sites):
             text = "no activation is quantized, so there is nothing to make up for"
-            calibration.log.append({"event": "note", "pass": self.name, "text": text})
+            calibration.note(self.name, text)
             return
         twin = copy.deepcopy(model)
         detach(twin)

@@ -61,7 +61,7 @@ class Rotate:
                 part(model, images, seed=self.seed)
                 changed = True
             except PlanishError as error:
-                calibration.log.append({"event": "note", "pass": self.name, "text": str(error)})
+                calibration.note(self.name, str(error))
         if changed:
             calibration.plan_anew()
 

@@ -65,4 +65,4 @@ class MatchStatistics:
                 change_outputs(layer, *matching_affine(exact[layer.path], now, self.limit))
                 whole += 1
         text = f"mean and variance of {whole} layers and the mean of {len(exact) - whole} more were matched"
-        calibration.log.append({"event": "note", "pass": self.name, "text": text})
+        calibration.note(self.name, text)
