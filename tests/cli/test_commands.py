@@ -117,6 +117,11 @@ def test_quantize_within_a_budget(tiny, planish):
     assert len(set(bits)) > 1
     for line in (f"conv2.weight  conv2d    {bits[1]}     channel", f"head.weight   linear    {bits[2]}     channel"):
         assert line in ended.out
+    both = planish("quantize", *tiny, "--budget", "0.6Mbops", "--budget-activations", "--overwrite")
+    assert both.status == 0, both.err
+    rows = ledger(load_quantized(Path("quantized.safetensors"), trust=True)[0]).rows
+    assert len({row.bits for row in rows if row.site.endswith("input")}) > 1
+    assert planish("quantize", *tiny, "--budget-activations", "--overwrite").err.count("give --budget, such as") == 1
     for budget, match in (("20B", "too little"), ("plenty", "budget 'plenty' is not understood")):
         refused = planish("quantize", *tiny, "--budget", budget, "--overwrite")
         assert refused.status == 2

@@ -58,6 +58,8 @@ class Quantize:
     budget: Annotated[str | None, arg(metavar="BUDGET", help_behavior_hint="")] = None
     """give each layer's weights bits of their own, as many as fit: 0.9MB, 450kB, 0.13x (of the float size), 2.5Gbops
     (bit operations for one image); activations keep the bits of --scheme"""
+    budget_activations: bool = False
+    """choose the bits of activations too, attention included; with a budget of bit operations"""
     out: Path = Path("quantized.safetensors")
     """file for the quantized model"""
     overwrite: bool = False

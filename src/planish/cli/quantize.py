@@ -9,6 +9,7 @@ from rich.console import Console
 
 from planish.cli.files import check_target
 from planish.cli.options import Quantize
+from planish.errors import PlanishError
 from planish.network import ledger
 from planish.ptq import quantize
 from planish.ptq.assign_bits import AssignBits, with_bits
@@ -35,15 +36,15 @@ def execute(command: Quantize) -> None:
     )
     config = check_run(config)
     check_target(command.out, command.overwrite)
-    budget = None if command.budget is None else Budget.parse(command.budget)
+    bits = _assign_bits(command)
     console = make_console()
     torch.set_num_threads(command.models.threads or free_cores())
     material = prepare(config, console)
 
     scheme, method, loaded = config.schemes[0], command.method, material.loaded
     passes = chosen_passes(method, command.quantize, command.models.seed)
-    if budget is not None:
-        passes = with_bits(passes, AssignBits(budget))
+    if bits is not None:
+        passes = with_bits(passes, bits)
     with Work([(method, 1.0)], console) as work:
         work.begin(f"{loaded.name} at {scheme} by {method}")
         model = quantize(
@@ -58,8 +59,8 @@ def execute(command: Quantize) -> None:
         "model": loaded.name, "checkpoint": loaded.weights_hash, "data": material.data.name, "method": method,
         "calibration_images": material.calibration_images, "calibration_seed": command.models.seed,
     }  # fmt: skip
-    if command.budget is not None:
-        protocol["budget"] = command.budget
+    if bits is not None:
+        protocol |= {"budget": bits.budget, "budget_activations": bits.activations}
     if is_main():
         save_quantized(model, command.out, loaded.recipe, loaded.preprocessing, protocol)
     size = weights_megabytes(model)
@@ -67,10 +68,19 @@ def execute(command: Quantize) -> None:
         console,
         f"{command.out}: {scheme} by {method}; {size:.3f} MB of weights at their bits (this file stores them in float)",
     )
-    if budget is not None:
+    if bits is not None:
         plan: Any = model.planish_assignment
         reached = (say_cost(1e6 * size, "bytes"), say_cost(total_bit_operations(plan), "bops"))
-        say(console, f"of a budget of {budget.describe()}: {reached[0]}, {reached[1]} for one image")
+        say(console, f"of a budget of {Budget.parse(bits.budget).describe()}: {reached[0]}, {reached[1]} for one image")
+
+
+def _assign_bits(command: Quantize) -> AssignBits | None:
+    """The pass that keeps to the budget of a command; ``None`` without one."""
+    if command.budget is not None:
+        return AssignBits(command.budget, activations=command.budget_activations)
+    if command.budget_activations:
+        raise PlanishError("budget-activations needs a budget of bit operations: give --budget, such as 2.5Gbops")
+    return None
 
 
 def _say(console: Console, event: dict[str, Any]) -> None:
