@@ -162,7 +162,10 @@ def test_the_log_says_what_was_chosen():
     text = notes[0]["text"]
     assert re.search(r"predicted divergence from the float network \d\S+ nats; ", text)
     bits = weight_widths(made)
-    assert f"blocks.1.mlp.fc2.linear w{bits['blocks.1.mlp.fc2.weight']}" in text
+    assert text.count(" for ") == len(set(bits.values()))
+    for name, width in bits.items():
+        said = text.partition(f"; w{width} for ")[2].partition(";")[0].split(", ")
+        assert any(product.startswith(name.removesuffix("weight")) for product in said)
     floating = sum(4 * p.numel() for p in model.parameters())
     assert weights_megabytes(made) <= share * floating / 1e6
 

@@ -98,7 +98,10 @@ class AssignBits:
         overrides = (*plan.scheme.overrides, *overrides_for(plan, layers, chosen))
         calibration.plan_anew(replace(plan.scheme, overrides=overrides))
         spent = _say(fixed + sum(row[i] for row, i in zip(costs, picked, strict=True)), kind)
-        bits = ", ".join(f"{layer.name} {option.describe()}" for layer, option in zip(layers, chosen, strict=True))
+        alike: dict[str, list[str]] = {}
+        for layer, option in sorted(zip(layers, chosen, strict=True), key=lambda pair: pair[1].describe()):
+            alike.setdefault(option.describe(), []).append(layer.name)
+        bits = "; ".join(f"{option} for {', '.join(names)}" for option, names in alike.items())
         calibration.note(self.name, f"{spent} of {_say(limit, kind)} spent; {worth}; {bits}")
 
     def _too_little(self, kind: str, limit: int, fixed: int, least: int) -> str:
