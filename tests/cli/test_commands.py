@@ -102,7 +102,9 @@ def test_quantize_writes_what_evaluate_reads(tiny, planish, shared, tmp_path):
 
 
 def test_quantize_within_a_budget(tiny, planish):
+    from planish.cli.quantize import _spent
     from planish.network import ledger
+    from planish.ptq.budget import Budget
     from planish.ptq.files import load_quantized, weights_megabytes
 
     ended = planish("quantize", *tiny, "--scheme", "w3a4", "--budget", "0.9kB")
@@ -117,6 +119,9 @@ def test_quantize_within_a_budget(tiny, planish):
     assert len(set(bits)) > 1
     for line in (f"conv2.weight  conv2d    {bits[1]}     channel", f"head.weight   linear    {bits[2]}     channel"):
         assert line in ended.out
+    assert "over the budget" not in ended.out
+    for budget, over in (("700B", True), ("1kbops", True), ("1Gbops", False), ("0.01x", True), ("1x", False)):
+        assert ("; over the budget" in _spent(Budget.parse(budget), model, model)) is over
     both = planish("quantize", *tiny, "--budget", "0.6Mbops", "--budget-activations", "--overwrite")
     assert both.status == 0, both.err
     rows = ledger(load_quantized(Path("quantized.safetensors"), trust=True)[0]).rows

@@ -216,10 +216,18 @@ def test_where_it_goes():
     assert [step.name for step in with_bits(RTN, bits)] == ["fold-batchnorm", "assign-bits", "calibrate", "round"]
     assert [step.name for step in with_bits(RTN[1:], bits)] == ["assign-bits", "calibrate", "round"]
     assert with_bits([], bits) == [bits]
-    assert with_bits([peek, *RTN], bits)[0] is bits
-    peek.structural = True
     assert [step.name for step in with_bits([peek, *RTN], bits)][:3] == ["peek", "fold-batchnorm", "assign-bits"]
-    assert get_method("rtn").passes()[0].name == "fold-batchnorm"
+    assert with_bits([peek], bits) == [bits, peek]
+
+
+@pytest.mark.parametrize("method", ["rotate", "repq", "dfq", "gptq"])
+def test_methods_that_change_the_float_network_keep_the_budget(method):
+    model, example = build("test_vit" if method == "rotate" else "convolutions")
+    share = 0.3 if method != "rotate" else 0.14
+    passes = with_bits(get_method(method).passes(), AssignBits(f"{share}x", "fisher", widths=(2, 4, 8)))
+    made = quantize(model, [example], fast("w4a4"), passes)
+    assert 0.8 * share < weights_megabytes(made) / weights_megabytes(model) <= share
+    assert len(set(weight_widths(made).values())) > 1
 
 
 def test_refusals():

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from planish.cli.files import check_target
 from planish.cli.options import Quantize
 from planish.errors import PlanishError
 from planish.network import ledger
 from planish.ptq import quantize
-from planish.ptq.assign_bits import AssignBits, with_bits
+from planish.ptq.assign_bits import AssignBits, limit_of, with_bits
 from planish.ptq.budget import Budget, say_cost
 from planish.ptq.files import save_quantized, weights_megabytes
 from planish.ptq.widths import total_bit_operations
@@ -69,9 +70,7 @@ def execute(command: Quantize) -> None:
         f"{command.out}: {scheme} by {method}; {size:.3f} MB of weights at their bits (this file stores them in float)",
     )
     if bits is not None:
-        plan: Any = model.planish_assignment
-        reached = (say_cost(1e6 * size, "bytes"), say_cost(total_bit_operations(plan), "bops"))
-        say(console, f"of a budget of {Budget.parse(bits.budget).describe()}: {reached[0]}, {reached[1]} for one image")
+        say(console, _spent(Budget.parse(bits.budget), loaded.model, model))
 
 
 def _assign_bits(command: Quantize) -> AssignBits | None:
@@ -81,6 +80,16 @@ def _assign_bits(command: Quantize) -> AssignBits | None:
     if command.budget_activations:
         raise PlanishError("budget-activations needs a budget of bit operations: give --budget, such as 2.5Gbops")
     return None
+
+
+def _spent(budget: Budget, given: nn.Module, model: nn.Module) -> str:
+    """What of a budget is used; passes after the choice of bits may have added parameters."""
+    plan: Any = model.planish_assignment
+    kind, limit = limit_of(budget, given)
+    spent = {"bytes": 1e6 * weights_megabytes(model), "bops": total_bit_operations(plan)}
+    over = spent[kind] * (8 if kind == "bytes" else 1) > limit
+    line = f"of a budget of {budget.describe()}: {say_cost(spent['bytes'], 'bytes')}, {say_cost(spent['bops'], 'bops')}"
+    return line + " for one image" + ("; over the budget by what the method has added to the network" if over else "")
 
 
 def _say(console: Console, event: dict[str, Any]) -> None:

@@ -14,7 +14,7 @@ from planish.network import Site, attach, detach, taps_of
 from planish.network.batches import call_model
 from planish.ptq.budget import Budget, choose, say_cost
 from planish.ptq.passes import Calibration, Pass
-from planish.ptq.rounding import FoldBatchNorm, _derived_weights, _named, _Watcher
+from planish.ptq.rounding import Calibrate, Round, _derived_weights, _named, _Watcher
 from planish.ptq.sensitivity import every_nth, fisher_losses, measured_losses
 from planish.ptq.widths import Layer, Widths, all_costs, find_layers, format_at, options_of, overrides_for
 from planish.quantizers import UniformQuantizer
@@ -33,8 +33,8 @@ class AssignBits:
     chosen like the others; products that the scheme overrides already or that stay in float are left as they are. The
     chosen widths become overrides of the scheme, so that every later pass finds them in the plan.
 
-    It belongs after the passes that change the structure of the float network, and its size with it, and before those
-    that set ranges and round: `with_bits` puts it there.
+    It belongs after the passes that change the float network, and its size with it, and before those that set ranges
+    and round: `with_bits` puts it there. What later passes add (QwT's compensations) is not in the budget.
 
     Attributes:
         budget: "0.9MB", "450kB", "900000" (bytes), "0.13x" (of the size in float) or "2.5Gbops".
@@ -83,7 +83,7 @@ class AssignBits:
                 f"{self.name} comes after a pass that rounded or set ranges, by bits that it changes: put it before"
             )
         options = [options_of(layer, self.widths, activations=self.activations) for layer in layers]
-        kind, limit = _limit(Budget.parse(self.budget), calibration)
+        kind, limit = limit_of(Budget.parse(self.budget), calibration.given or calibration.model)
         fixed, costs = all_costs(kind, calibration.model, plan, layers, options)
         if fixed + sum(map(min, costs)) > limit:
             raise PlanishError(self._too_little(kind, limit, fixed, fixed + sum(map(min, costs))))
@@ -146,32 +146,29 @@ class AssignBits:
 
 
 def with_bits(passes: Sequence[Pass], bits: Pass) -> list[Pass]:
-    """The passes of a method with ``bits`` after those that change the structure of the float network.
+    """The passes of a method with ``bits`` directly before the first that sets ranges or rounds.
 
-    These are the passes at its beginning with a true attribute ``structural``, and the folding of BatchNorm.
+    What comes before that leaves the network in float, but may change its structure, its weights and its size. In a
+    list without :class:`Calibrate` and :class:`Round` it comes first.
     """
-    passes = list(passes)
-    first = next((i for i, step in enumerate(passes) if not _structural(step)), len(passes))
+    first = next((i for i, step in enumerate(passes) if isinstance(step, (Calibrate, Round))), 0)
     return [*passes[:first], bits, *passes[first:]]
 
 
-def _structural(step: Pass) -> bool:
-    return isinstance(step, FoldBatchNorm) or bool(getattr(step, "structural", False))
+def limit_of(budget: Budget, given: nn.Module) -> tuple[str, int]:
+    """What a budget is for the network ``given`` in float.
+
+    Returns:
+        "bops" and a number of bit operations, or "bytes" and a number of bits (not bytes) of the file.
+    """
+    if budget.kind == "bops":
+        return "bops", math.floor(budget.amount)
+    share = sum(p.numel() * p.element_size() for p in given.parameters()) if budget.kind == "share" else 1
+    return "bytes", math.floor(8 * budget.amount * share)
 
 
 def _say(amount: int, kind: str, *, up: bool = False) -> str:
     return say_cost(amount if kind == "bops" else amount / 8, kind, up=up)
-
-
-def _limit(budget: Budget, calibration: Calibration) -> tuple[str, int]:
-    """The kind of the budget, "bops" or "bytes", and how much there is: bit operations, or bits of the file."""
-    if budget.kind == "bops":
-        return "bops", math.floor(budget.amount)
-    amount = budget.amount
-    if budget.kind == "share":
-        model = calibration.given or calibration.model
-        amount *= sum(p.numel() * p.element_size() for p in model.parameters())
-    return "bytes", math.floor(8 * amount)
 
 
 def _never_growing(loss: dict[Part, float]) -> dict[Part, float]:
