@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from planish.errors import PlanishError
 from planish.network import assign, attach, taps_of, watch
@@ -53,8 +54,10 @@ def halves(example):
 def test_every_layer_is_its_matrix_times_its_columns(name, monkeypatch):
     monkeypatch.setattr("planish.ptq.layers.CHUNK", 3000)  # several chunks
     model, example = build(name)
+    decided = []
 
     def decide(site, calls):
+        decided.append(site)
         for call in calls[0]:
             y = call.output()
             chunks = list(call.columns(y))
@@ -67,7 +70,7 @@ def test_every_layer_is_its_matrix_times_its_columns(name, monkeypatch):
 
     visited, wanted = walk(model, example, decide, batches=halves(example))
     assert visited == set(wanted)
-    assert visited
+    assert sorted(decided) == sorted(visited)  # once, also if a weight is used twice
 
 
 def test_what_the_walk_leaves_behind_is_what_was_there():
@@ -83,6 +86,39 @@ def test_what_the_walk_leaves_behind_is_what_was_there():
     with pytest.raises(ValueError, match="stop"):
         visit_layers([model], plan.products, [example], names, stop)
     assert dict(taps_of(model)) == taps
+
+
+class Seen(nn.Module):
+    """A tap that keeps what passes."""
+
+    def __init__(self):
+        super().__init__()
+        self.values = []
+
+    def forward(self, x):
+        self.values.append(x.clone())
+        return x * 1.01
+
+
+@pytest.mark.parametrize("name", ["encoder", "vit_gray_28", "swin", "einsum"])
+def test_every_other_tap_sees_what_it_sees_without_the_walk(name):
+    model, example = build(name)
+    plan, parts = assign(watch(model, first_image(example)), "w4a4"), halves(example)
+    wanted = layer_weights(plan)
+
+    def put(site):
+        return None if site.name in wanted else Seen()
+
+    taps = attach(model, plan.products, put)
+    with torch.no_grad():
+        for part in parts:
+            model(part)
+    expected = {site: tap.values for site, tap in taps.items()}
+    taps = attach(model, plan.products, put)
+    visit_layers([model], plan.products, parts, wanted, lambda *_: None)
+    for site, tap in taps.items():
+        assert len(tap.values) == len(expected[site])
+        assert all(torch.equal(a, b) for a, b in zip(tap.values, expected[site], strict=True))
 
 
 def stop(*_):
@@ -138,10 +174,10 @@ def test_two_networks_side_by_side():
 
 
 def test_an_addmm_that_scales_is_not_taken_for_a_layer():
-    class Scaled(torch.nn.Module):
+    class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
-            self.w, self.b = (torch.nn.Parameter(torch.randn(*s)) for s in ((4, 3), (3,)))
+            self.w, self.b = (nn.Parameter(torch.randn(*s)) for s in ((4, 3), (3,)))
 
         def forward(self, x):
             return torch.addmm(self.b, x, self.w, beta=2)
@@ -150,10 +186,10 @@ def test_an_addmm_that_scales_is_not_taken_for_a_layer():
 
 
 def test_batches_that_take_different_paths():
-    class Moody(torch.nn.Module):
+    class Moody(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
 
         def forward(self, x):
             return self.b(self.a(x)) if x.sum() > 0 else self.a(self.b(x))

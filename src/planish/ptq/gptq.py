@@ -90,11 +90,11 @@ def gptq_round(
 def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     """The upper triangular U (G, K, K) with U^T U = the inverse of the damped Hessian."""
     diagonal = hessian.diagonal(dim1=1, dim2=2)
-    dead = diagonal <= 0  # an input that is always zero; the rest of its row is zero, too
-    mean = diagonal.sum(-1, keepdim=True) / (~dead).sum(-1, keepdim=True).clamp(min=1)
+    alive = (diagonal > 0).sum(-1, keepdim=True)  # an input that is always zero has zeros in all its row
+    mean = diagonal.sum(-1, keepdim=True) / alive.clamp(min=1)
     mean = torch.where(mean > 0, mean, 1.0)
     while True:
-        damped = hessian + torch.diag_embed(torch.where(dead, mean, damp * mean))
+        damped = hessian + torch.diag_embed((damp * mean).expand_as(diagonal))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed.any():
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
