@@ -89,6 +89,16 @@ def test_everything_is_put_back_if_it_does_not_help(name, step, monkeypatch):
     assert "that is not lower, so everything was put back" in notes(ours)[0]
 
 
+@pytest.mark.parametrize("name", ["conv", "vit"])
+def test_affines_that_suit_the_rounded_copy_only_are_not_kept(name, monkeypatch):
+    model, batches = network(name)
+    distances = iter([1.0, *(0.5 / i for i in range(1, 11)), 2.0])  # before, ten checks, and rounded from scratch
+    monkeypatch.setattr(Tuning, "distance", lambda *_: next(distances))
+    prepared = work(model, batches, "w3a3", [PrepareNorms(**FAST)])
+    assert same(state(prepared.model), state(model))
+    assert "1 -> 2; that is not lower" in notes(prepared)[0]
+
+
 def test_steps_that_lead_away_are_not_kept():
     model, batches = network("vit")
     ours = work(model, batches, "w8a8", [*RTN, TuneNorms(steps=10, lr=50.0)])
@@ -120,6 +130,9 @@ def test_only_affines_are_prepared(name):
 
 def test_the_affine_of_a_batchnorm_is_its_layers_factor_and_shift():
     model, batches = network("conv")
+    with torch.no_grad():
+        for norm in (model[1], model[5]):
+            norm.bias.normal_(0, 2)
     calibration = work(model, batches, "w8")
     trial, pairs = norm_tuning.rounded_copy(calibration)
     affines = norm_tuning.Affines({}, [layer for layer in layers_of(trial) if layer.path in pairs])
