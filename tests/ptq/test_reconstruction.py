@@ -166,6 +166,16 @@ def test_a_loss_that_is_not_finite_names_the_unit(monkeypatch):
         learned(tiny.conv())
 
 
+@pytest.mark.parametrize("learner", LEARNERS)
+def test_a_unit_of_8_bit_weights_learns_the_steps_of_its_activations(learner):
+    model = tiny.vit()
+    better = learned(model, "w8a4", 16, learner=learner)
+    rounded = dict(taps_of(quantize(model.eval(), images(16), "w8a4", BASE)))
+    name = "blocks.0.mlp.fc1.input"
+    assert dict(taps_of(better))[name].scale != rounded[name].scale
+    assert torch.equal(better.blocks[0].mlp.fc1.weight, model.blocks[0].mlp.fc1.weight)
+
+
 def test_pairs_are_learned_together():
     _, shares = errors_of_units(tiny.vit(), "w2a4", 16, joint=1)
     assert len(shares) == 2

@@ -39,6 +39,14 @@ def _fast() -> list[Pass]:
     return [Rotate(), FoldBatchNorm(), Calibrate(), GPTQ(ridge=RidgeCorrection())]
 
 
+def _best_cnn() -> list[Pass]:
+    return [FoldBatchNorm(), Calibrate(), Round(), Reconstruct(), TuneNorms()]
+
+
+def _best_vit() -> list[Pass]:
+    return [Rotate(), *_best_cnn()]
+
+
 METHODS = {
     method.name: method
     for method in (

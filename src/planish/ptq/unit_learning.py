@@ -119,7 +119,7 @@ class UnitLearning:
                 replace_tap(self.model, site, made)
 
     def _groups(self) -> Iterator[dict[str, Any]]:
-        """Groups of parameters for the optimizer, each with its learning rate."""
+        """Groups of the parameters of weights for the optimizer, each with its learning rate."""
         for site, tap in self.weights.values():
             scale = float(tap.grid.scale.mean())
             learned = {name: p for name, p in tap.named_parameters() if p.requires_grad}
@@ -134,8 +134,6 @@ class UnitLearning:
             yield {"params": own, "lr": lr * (scale if self.learner.moves_weights else 1.0)}
             if steps:
                 yield {"params": steps, "lr": self.learner.scale_travel * scale / self.settings.iterations}
-        if not self.learner.sign:
-            yield from self._steps()
 
     def _steps(self) -> Iterator[dict[str, Any]]:
         for _, tap in self.activations.values():
@@ -145,11 +143,14 @@ class UnitLearning:
 
     def _train(self, objective: Objective, first: float) -> None:
         optimizers: list[torch.optim.Optimizer] = []
-        if self.learner.sign:
-            optimizers.append(SignSGD(list(self._groups()), lr=1.0))
-            optimizers.append(torch.optim.Adam(list(self._steps()), lr=1.0, fused=True))
-        else:
-            optimizers.append(torch.optim.Adam(list(self._groups()), lr=1.0, fused=True))
+        groups, steps = list(self._groups()), list(self._steps())
+        if not self.learner.sign:
+            groups += steps
+        elif steps:
+            optimizers.append(torch.optim.Adam(steps, lr=1.0, fused=True))
+        if groups:
+            made = SignSGD(groups, lr=1.0) if self.learner.sign else torch.optim.Adam(groups, lr=1.0, fused=True)
+            optimizers.append(made)
         rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         taps = [tap for _, tap in self.weights.values()] + [tap.quantizer for _, tap in self.activations.values()]
         soft = [tap for _, tap in self.weights.values() if isinstance(tap, SoftRounding)]
