@@ -149,6 +149,13 @@ METHODS = {
         Method(
             "fast", "rotation, ridge regression and gptq: the best without backpropagation", "docs/methods.md", _fast
         ),
+        Method(
+            "best-cnn",
+            "genie, and the factors and shifts of channels tuned afterwards",
+            "docs/methods.md",
+            _best_cnn,
+        ),
+        Method("best-vit", "best-cnn on a network that was rotated first", "docs/methods.md", _best_vit),
     )
 }
 
