@@ -4,6 +4,7 @@ from planish.ptq.methods import METHODS, Method, get_method, with_settings
 from planish.ptq.passes import Calibration, Pass
 from planish.ptq.quantize import quantize
 from planish.ptq.reconstruction import Reconstruct
+from planish.ptq.refine import RefineRanges
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Method",
     "Pass",
     "Reconstruct",
+    "RefineRanges",
     "Round",
     "get_method",
     "quantize",

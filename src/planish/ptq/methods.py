@@ -14,6 +14,7 @@ from planish.ptq.gptq import GPTQ
 from planish.ptq.norm_tuning import PrepareNorms, TuneNorms
 from planish.ptq.passes import Pass
 from planish.ptq.reconstruction import Reconstruct
+from planish.ptq.refine import RefineRanges
 from planish.ptq.repq import RepQ
 from planish.ptq.ridge import RidgeCorrection
 from planish.ptq.rotate import Rotate
@@ -92,6 +93,12 @@ METHODS = {
             "rtn with ranges per channel after LayerNorm, folded into it and the next layers",
             "Li et al. 2023, arXiv 2212.08254",
             lambda: [RepQ(), FoldBatchNorm(), Calibrate(), Round()],
+        ),
+        Method(
+            "refine",
+            "rtn with ranges of activations by the error of the product that they enter",
+            "in the manner of Yuan et al. 2022, arXiv 2111.12293",
+            lambda: [FoldBatchNorm(), Calibrate(), RefineRanges(), Round()],
         ),
         Method(
             "sandwich",

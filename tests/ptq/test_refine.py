@@ -1,0 +1,89 @@
+"""Ranges by the error of the product, not of the tensor."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from planish.errors import PlanishError
+from planish.network import assign, detach, taps_of, watch
+from planish.ptq import Calibrate, Calibration, RefineRanges, Round, quantize
+from tests.ptq.test_reconstruction import images
+from tests.training import tiny
+
+torch.set_num_threads(1)
+
+
+def refined(model, x, scheme="w3a3", **options):
+    """The ranges before and after, by site, and the work."""
+    model = model.eval().requires_grad_(False)
+    work = Calibration(model, x, assign(watch(model, x[0][:1]), scheme), [])
+    Calibrate()(work)
+    before = {name: tap.grid for name, tap in taps_of(model)}
+    RefineRanges(**options)(work)
+    return before, dict(taps_of(model)), work
+
+
+class Sum(nn.Module):
+    """A first and a last layer at 8 bits, and between them one that sums many small values and a large one."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.total, self.last = nn.Linear(4, 64), nn.Linear(64, 8), nn.Linear(8, 2)
+        with torch.no_grad():
+            self.total.weight.fill_(1.0)
+
+    def forward(self, x):
+        small = 0.02 + 0.01 * self.first(x).sigmoid()
+        return self.last(self.total(torch.cat([small[:, 1:], torch.ones_like(small[:, :1])], 1)))
+
+
+def test_small_values_that_add_up_are_not_rounded_to_zero():
+    model, x = Sum(), [torch.randn(32, 4)]
+    before, taps, work = refined(copy.deepcopy(model), x)
+    tap, exact = taps["total.input"], model.total(torch.full((1, 64), 0.025))
+    assert tap.grid.scale < 0.6 * before["total.input"].scale
+    small = torch.full((1, 64), 0.025)
+    after = (model.total(tap(small)) - exact).abs().max()
+    tap.grid = before["total.input"]
+    assert after < 0.5 * (model.total(tap(small)) - exact).abs().max()
+    assert work.log[-1]["pass"] == "refine-ranges"
+    assert "of 3 ranges were changed" in work.log[-1]["text"]
+
+
+def test_no_module_gets_worse():
+    model = tiny.vit()
+    x = images(16)
+    before, taps, _ = refined(copy.deepcopy(model), x, images=16)
+    assert len({float(tap.grid.scale / before[name].scale) for name, tap in taps.items()}) > 2
+    seen = {}
+    fc1 = model.blocks[0].mlp.fc1
+    fc1.register_forward_hook(lambda m, args, out: seen.update(x=args[0], y=out))
+    model.eval()(x[0])
+    tap = taps["blocks.0.mlp.fc1.input"]
+    errors = []
+    for grid in (tap.grid, before["blocks.0.mlp.fc1.input"]):
+        tap.grid = grid
+        errors.append(float((fc1(tap(seen["x"])) - seen["y"]).square().sum()))
+    assert errors[0] <= errors[1]
+
+
+def test_nothing_is_left_behind_and_what_is_written_is_a_quantized_network():
+    model = tiny.conv()
+    quantized = quantize(model.eval(), images(), "w4a4", [Calibrate(), RefineRanges(), Round()])
+    assert not any("forward" in module.__dict__ for module in quantized.modules())
+    x = images()[0]
+    assert torch.isfinite(quantized(x)).all()
+    assert not torch.equal(quantized(x), model(x))
+    detach(quantized)
+    assert torch.equal(quantized(x), model(x))
+
+
+def test_bad_options_and_places_are_refused():
+    with pytest.raises(PlanishError, match="images is 0"):
+        RefineRanges(images=0)
+    with pytest.raises(PlanishError, match=r"factors is \(0\.0,\)"):
+        RefineRanges(factors=(0.0,))
+    with pytest.raises(PlanishError, match="put it after Calibrate"):
+        quantize(tiny.conv().eval(), images(), "w4a4", [RefineRanges()])
