@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of, map_tensors, split_batch, to_device
 from planish.network.modes import evaluating
 from planish.ptq.affines import Affines
+from planish.ptq.objectives import divergence as plain_divergence
 from planish.ptq.passes import Calibration
 
 CHECKS = 10  # times that the distance on the held-out images is taken; the best of the checks is kept
@@ -22,8 +22,7 @@ CHECKS = 10  # times that the distance on the held-out images is taken; the best
 
 def divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
     """``T^2 KL(softmax(target / T) || softmax(logits / T))``, the mean over the images; logits (B, classes)."""
-    given, wanted = (F.log_softmax(x.float() / temperature, -1) for x in (logits, target))
-    return temperature**2 * F.kl_div(given, wanted, log_target=True, reduction="batchmean")
+    return temperature**2 * plain_divergence(logits, target, temperature)
 
 
 @dataclass(frozen=True)
