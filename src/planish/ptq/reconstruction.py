@@ -21,7 +21,7 @@ from planish.ptq.passes import Calibration
 from planish.ptq.shelf import Shelf
 from planish.ptq.unit_learning import Settings, UnitLearning
 
-COST = 6.0  # of an iteration in every unit, in passes of the float network; measured, for the estimate
+COST = 8.0  # of an iteration in every unit, in passes of the float network; measured, for the estimate
 
 
 @dataclass(frozen=True)
