@@ -69,12 +69,12 @@ def test_a_second_signal_stops_at_once(zygote, options, tmp_path):
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with stoppable() as stop, stop.gently():
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert stop()
             with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGTERM)
+                signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt), stoppable() as stop:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -191,10 +191,13 @@ def test_methods_shows_the_options_of_one(planish):
     assert ended.status == 0
     assert "p=0.1" in ended.out
     assert "probability" in ended.out
-    assert "it has no options" in planish("methods", "rtn").out
+    listed = planish("methods", "rtn").out
+    assert "its passes:" in listed
+    assert [line.split()[0] for line in listed.splitlines()[1:]] == ["fold-batchnorm", "calibrate", "round"]
     ended = planish("methods", "magic")
     assert ended.status == 2
-    assert "'magic' is not known: choose one of rtn, lsq" in ended.err
+    assert "'magic' is not known: choose one of rtn, gptq" in ended.err
+    assert "mec, ofq" in ended.err
 
 
 def test_it_does_not_go_on_from_another_start(zygote, options, tmp_path):

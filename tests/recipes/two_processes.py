@@ -23,7 +23,7 @@ def interrupt_flat(work: Work, share: float) -> None:
     if "under the measured errors" in work._text:
         work.steps = getattr(work, "steps", 0) + 1
         if work.steps == STOP_AFTER and RANK == 1:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # handled by this thread, at once
 
 
 def commands(folder: Path) -> dict[str, int]:
