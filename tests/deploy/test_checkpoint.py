@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from planish.ptq.files import KEY, load_quantized, save_quantized, weights_megabytes
 from safetensors.torch import save_file
 from torch import nn
 
 from planish.errors import PlanishError
 from planish.models import Preprocessing, build, read_weights
 from planish.ptq import quantize
-from planish.ptq.files import KEY, load_quantized, save_quantized, weights_megabytes
 
 LOOKS = Preprocessing((1, 32, 32), (0.5,), (0.5,), crop_pct=1.0)
 RECIPES = {
