@@ -57,7 +57,9 @@ def refusing(path: Path) -> Iterator[None]:
     try:
         yield
     except PlanishError as error:
-        raise PlanishError(f"{path}: {one_line(error)}") from None
+        text = one_line(error)
+        joint = "" if text.startswith(("is ", "has ", "holds ", "does ")) else ":"  # what is wrong with the file itself
+        raise PlanishError(f"{path}{joint} {text}") from None
     except OSError as error:
         raise PlanishError(f"{path} cannot be read: {error.strerror or one_line(error)}") from None
 
@@ -180,14 +182,24 @@ def tensor_at(data: bytearray, entry: Entry) -> Tensor:
 
 
 def to_bytes(tensors: Mapping[str, Tensor], head: str) -> bytes:
-    """A whole file of these tensors, with its checksum; one that shares memory with another is written in full."""
-    from safetensors.torch import save
+    """A whole file of these tensors, with its checksum: the same bytes for the same content.
 
-    owned = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-    digest = hashlib.sha256(head.encode())
-    for name, tensor in sorted(owned.items()):
-        digest.update(json.dumps([name, NAMES[tensor.dtype], list(tensor.shape)]).encode() + b"\n")
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return save(owned, {KEY: head, CHECKSUM: digest.hexdigest()})
+    The widest types come first, so that every tensor begins at a multiple of its item's size; one that shares memory
+    with another is written in full.
+    """
+    entries: dict[str, Entry] = {}
+    parts, place = [], 0
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+        part = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        entries[name] = Entry(tensor.dtype, tuple(tensor.shape), place, place + len(part))
+        parts.append(part)
+        place += len(part)
+    data = b"".join(parts)
+    header: dict[str, Any] = {"__metadata__": {KEY: head, CHECKSUM: checksum(head, entries, data)}}
+    for name, entry in entries.items():
+        header[name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [entry.begin, entry.end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > HEADER_LIMIT:
+        raise PlanishError(f"the metadata of the model take {len(text)} bytes, more than {HEADER_LIMIT}")
+    return len(text).to_bytes(8, "little") + text + data

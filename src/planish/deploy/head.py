@@ -177,4 +177,4 @@ def _constant(key: str, value: Any) -> Constant:
     limit = torch.finfo(dtype).max if dtype.is_floating_point else 1 if dtype == torch.bool else torch.iinfo(dtype).max
     if not abs(number) <= limit:
         raise PlanishError(f"constant: {shown(key)} is {shown(number)}, too large for {NAMES[dtype]}")
-    return Constant(dtype, shape, number)
+    return Constant(dtype, shape, float(number) if dtype.is_floating_point else number)
