@@ -16,11 +16,14 @@ RECIPES = {
 
 
 def network(name):
-    """The network of a recipe with BatchNorm statistics that are worth folding, and images."""
+    """The network of a recipe with biases and with BatchNorm statistics that are worth folding, and images."""
     recipe = RECIPES[name]
     torch.manual_seed(0)
     model = timm.create_model(recipe["architecture"], **recipe["arguments"])
     images = torch.randn(8, 1, 32, 32)
     with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(0.1 * torch.randn_like(parameter))
         model.train()(images)
     return model.eval(), images

@@ -74,8 +74,11 @@ def _arguments(model: Any) -> list[dict[str, Any]]:
     head = {"num_classes": classes} if isinstance(classes, int) else {}
     first = next((p for p in model.parameters() if p.dim() == 4), None)
     channels = {} if first is None else {"in_chans": first.shape[1]}
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    images = {"img_size": list(size)} if isinstance(size, (tuple, list)) else {}
+    images = {}
+    for name in ("img_size", "patch_size"):
+        size = getattr(getattr(model, "patch_embed", None), name, None)
+        if isinstance(size, (tuple, list)):
+            images[name] = list(size)
     guesses: list[dict[str, Any]] = []
     try:
         kept = json.loads(json.dumps(getattr(model, "_model_args", None) or {}))
