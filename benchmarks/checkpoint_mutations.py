@@ -415,6 +415,7 @@ def main() -> int:
     most: dict[tuple[str, str], float] = {}
     wrong, began = 0, time.perf_counter()
     done = 0
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was started in the background
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:  # what was done by then is written
         for i, outcome in enumerate(outcomes(args.count, args.seed, Path(folder)), 1):
             key = outcome.kind, outcome.result
