@@ -52,14 +52,22 @@ class Restoring:
         return Grid(scale, zero_point, fmt.qmin, fmt.qmax, fmt.offset)
 
     def tensor(self, key: str) -> Tensor:
-        """A tensor of the model."""
+        """A tensor of the model; it may share the memory of the file."""
         packed = self.head.packed.get(key)
         if packed is None:
-            return self.stored(key).clone()
+            return self.stored(key)
         site, fmt = self.sites[packed.site]
         codes = unpack(self.stored(key), fmt.bits, torch.Size(packed.shape).numel()).view(packed.shape)
         exact = torch.float64 if packed.dtype == torch.float64 else torch.float32
         return dequantize(codes.to(exact) + fmt.qmin, self.grid(site, fmt)).to(packed.dtype)
+
+    def fill(self, place: Tensor, key: str) -> None:
+        """Give a parameter or a buffer of the model its values, in its own memory if they have its dtype."""
+        values = self.tensor(key)
+        if place.dtype == values.dtype:
+            place.copy_(values)
+        else:
+            place.data = values.clone()
 
     def tap(self, site: Site) -> nn.Module | None:
         if site.name not in self.sites:
@@ -77,7 +85,7 @@ class Restoring:
         head = self.head
         for key in [k for k in (*self.table.entries, *head.constant) if k in layout.biases]:
             owner, _, _ = key.rpartition(".")
-            model.get_submodule(owner)._parameters["bias"] = nn.Parameter(self.tensor(key))
+            model.get_submodule(owner)._parameters["bias"] = nn.Parameter(self.tensor(key).clone())
         places = {key: tensor for key, tensor, _ in named_tensors(model)}
         filled: set[int] = set()
         for key, tensor in places.items():
@@ -85,9 +93,9 @@ class Restoring:
                 continue
             if id(tensor) in filled:  # tied in the architecture, but not in the model that was saved
                 owner, _, slot = key.rpartition(".")
-                model.get_submodule(owner)._parameters[slot] = nn.Parameter(self.tensor(key))
+                model.get_submodule(owner)._parameters[slot] = nn.Parameter(self.tensor(key).clone())
             else:
-                tensor.data = self.tensor(key)
+                self.fill(tensor, key)
                 filled.add(id(tensor))
         for name, first in head.tied.items():
             owner, _, slot = name.rpartition(".")
