@@ -14,6 +14,7 @@ A line of the CSV is a kind of mutation and what came of it: how many, the slowe
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import json
 import random
@@ -128,6 +129,10 @@ def assembled(header: bytes, data: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data
 
 
+def hostile(draw: random.Random) -> Any:
+    return copy.deepcopy(draw.choice(HOSTILE))
+
+
 def flipped(base: Base, draw: random.Random) -> bytes:
     content = bytearray(base.content)
     for _ in range(draw.choice((1, 1, 2, 8))):
@@ -148,7 +153,7 @@ def edited_header(base: Base, draw: random.Random) -> bytes:
     if which == "item" and entry["shape"]:
         entry["shape"][draw.randrange(len(entry["shape"]))] = draw.choice((-1, 0, 2**20, 2**63, "3", 1.5, None))
     else:
-        entry[draw.choice(("dtype", "shape", "data_offsets"))] = draw.choice([*HOSTILE, "F32", "U8", "F8_E4M3"])
+        entry[draw.choice(("dtype", "shape", "data_offsets"))] = draw.choice([hostile(draw), "F32", "U8", "F8_E4M3"])
     return assembled(json.dumps(header).encode(), data)
 
 
@@ -212,11 +217,12 @@ def edited_head(base: Base, draw: random.Random) -> bytes:
         if action < 0.15:
             del target[last]
         elif action < 0.25 and isinstance(target, dict):
-            target[draw.choice(("x", "version", "__class__", "weight"))] = draw.choice(HOSTILE)
+            target[draw.choice(("x", "version", "__class__", "weight"))] = hostile(draw)
         elif action < 0.35 and isinstance(target, list):
-            target.extend([target[last]] * draw.choice((1, 2, 50)))
+            target.extend(copy.deepcopy([target[last]] * draw.choice((1, 2, 50))))
         else:
-            target[last] = draw.choice([*HOSTILE, json.loads(json.dumps(head[draw.choice(list(head))])) if head else 0])
+            other = head[draw.choice(list(head))] if draw.random() < 0.05 else hostile(draw)
+            target[last] = copy.deepcopy(other)
         if not head:
             break
     return sealed(header, head, data)
@@ -235,7 +241,7 @@ def edited_recipe(base: Base, draw: random.Random) -> bytes:
                                          {"norms": ["norm"] * 9, "scales": [""]}))}]  # fmt: skip
     for _ in range(draw.choice((0, 1, 1, 2))):
         name = draw.choice(list(ARGUMENTS))
-        recipe["arguments"][name] = draw.choice([*ARGUMENTS[name], draw.choice(HOSTILE)])
+        recipe["arguments"][name] = copy.deepcopy(draw.choice([*ARGUMENTS[name], hostile(draw)]))
     return sealed(header, head, data)
 
 
@@ -408,19 +414,18 @@ def main() -> int:
     parser.add_argument("--count", type=int, default=100_000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
+    parser.add_argument("--add", type=Path, nargs="*", default=[], help="CSVs of other seeds, to be counted in")
     args = parser.parse_args()
     torch.set_num_threads(1)
     counts: Counter[tuple[str, str]] = Counter()
     slowest: dict[tuple[str, str], float] = {}
     most: dict[tuple[str, str], float] = {}
     wrong, began = 0, time.perf_counter()
-    done = 0
     signal.signal(signal.SIGINT, signal.default_int_handler)  # also where it was started in the background
     with suppress(KeyboardInterrupt), tempfile.TemporaryDirectory() as folder:  # what was done by then is written
         for i, outcome in enumerate(outcomes(args.count, args.seed, Path(folder)), 1):
             key = outcome.kind, outcome.result
             counts[key] += 1
-            done = i
             slowest[key] = max(slowest.get(key, 0.0), outcome.seconds)
             most[key] = max(most.get(key, 0.0), outcome.memory)
             if outcome.wrong:
@@ -428,11 +433,18 @@ def main() -> int:
                 print(f"{i}: {outcome.kind}: {outcome.wrong} ({outcome.result})", flush=True)
             if i % 1000 == 0:
                 print(f"{i} of {args.count}, {time.perf_counter() - began:.0f} s, {wrong} wrong", flush=True)
+    for other in args.add:
+        for row in csv.DictReader(other.read_text().splitlines()):
+            key = row["mutation"], row["outcome"]
+            counts[key] += int(row["count"])
+            slowest[key] = max(slowest.get(key, 0.0), float(row["slowest_ms"]) / 1e3)
+            most[key] = max(most.get(key, 0.0), float(row["most_memory_mb"]) * 1e6)
     with args.out.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["mutation", "outcome", "count", "slowest_ms", "most_memory_mb"])
         for key, number in sorted(counts.items(), key=lambda item: (item[0][0], -item[1])):
             writer.writerow([*key, number, f"{1e3 * slowest[key]:.1f}", f"{most[key] / 1e6:.1f}"])
+    done = sum(counts.values())
     refused = sum(n for (_, result), n in counts.items() if result != "loaded")
     seconds = time.perf_counter() - began
     print(f"{done} mutations: {refused} refused, {done - refused} loaded, {wrong} wrong, {seconds:.0f} s")

@@ -151,14 +151,27 @@ class Tied(nn.Module):
         return self.last(x + self.words(torch.tensor([1])))
 
 
-FILE = "from tests.deploy.test_checkpoint import Tied\n\n\ndef build():\n    return Tied()\n"
+FILE = """import torch
+from tests.deploy.test_checkpoint import Tied
 
 
-def test_tied_weights_are_stored_once_and_come_back_tied(tmp_path):
+def tied():
+    return Tied()
+
+
+def untied():
+    model = Tied()
+    model.again.weight = torch.nn.Parameter(torch.ones(8, 8))
+    return model
+"""
+
+
+@pytest.mark.parametrize("built", ["tied", "untied"])  # a user may tie weights after the architecture is built
+def test_tied_weights_are_stored_once_and_come_back_tied(built, tmp_path):
     (tmp_path / "m.py").write_text(FILE)
     model, images = Tied(), torch.randn(8, 1, 1, 4)
     made = quantize(model, [images], "w4")
-    save(made, tmp_path / "q", recipe=f"{tmp_path / 'm.py'}:build")
+    save(made, tmp_path / "q", recipe=f"{tmp_path / 'm.py'}:{built}")
     loaded = load(tmp_path / "q", trust=True)
     assert torch.equal(loaded(images), made(images))
     assert loaded.again._parameters["weight"] is loaded.inner._parameters["weight"]
@@ -168,6 +181,17 @@ def test_tied_weights_are_stored_once_and_come_back_tied(tmp_path):
     assert head.tied["again.weight"] == "inner.weight"
     entries, _ = read_weights(tmp_path / "q")
     assert ("last.weight" in entries) != ("words.weight" in entries)  # in float, as the embedding reads it
+
+
+def test_weights_that_are_tied_only_in_the_architecture_come_back_apart(tmp_path):
+    (tmp_path / "m.py").write_text(FILE)
+    model, images = Tied(), torch.randn(8, 1, 1, 4)
+    model.again.weight = nn.Parameter(torch.randn(8, 8))
+    made = quantize(model, [images], "w4")
+    save(made, tmp_path / "q", recipe=f"{tmp_path / 'm.py'}:tied")
+    loaded = load(tmp_path / "q", trust=True)
+    assert torch.equal(loaded(images), made(images))
+    assert loaded.again._parameters["weight"] is not loaded.inner._parameters["weight"]
 
 
 def test_code_is_run_only_when_trusted(quantized, tmp_path):
