@@ -34,8 +34,8 @@ def compare(classifiers: Sequence[Classifier], data: bytes) -> dict[str, Any]:
     """Ask each model about one picture, in turns, so that both meet the same machine.
 
     Returns:
-        ``outcome``, one sentence; ``models``, for each the ``milliseconds`` of the network alone (median of 5), the same
-        as the text ``time``, and the most probable labels as ``top``.
+        ``outcome``, one sentence; ``models``, for each the ``milliseconds`` of the network alone (median of 5), the
+        same as the text ``time``, and the most probable labels as ``top``.
 
     Raises:
         BadPicture: ``data`` is no picture that can be read.
@@ -70,11 +70,8 @@ def outcome(schemes: Sequence[str], answers: Sequence[Answer]) -> str:
         return f"{schemes[0]} says {named[0]}."
     if len(set(named)) == 1:
         return f"Both say {named[0]}."
-    return (
-        "They differ: "
-        + ", ".join(f"{scheme} says {label}" for scheme, label in zip(schemes, named, strict=True))
-        + "."
-    )
+    said = ", ".join(f"{scheme} says {label}" for scheme, label in zip(schemes, named, strict=True))
+    return f"They differ: {said}."
 
 
 def milliseconds_text(value: float) -> str:

@@ -30,7 +30,6 @@ from planish.errors import PlanishError
 ADDRESS = "127.0.0.1"
 MAX_BYTES = 10_000_000
 WAITING = 8  # pictures in line, the one in work among them
-_DRAINED = 8 * MAX_BYTES  # of a body that is too large, so that the browser reads the answer and not a broken line
 _HOSTS = ("127.0.0.1", "localhost")
 
 
@@ -99,14 +98,9 @@ async def read_body(request: Request) -> bytes:
     size = 0
     async for part in request.stream():
         size += len(part)
-        if size <= MAX_BYTES:
-            parts.append(part)
-        else:
-            parts.clear()
-        if size > _DRAINED:
-            break
-    if size > MAX_BYTES:
-        raise HTTPException(413, f"the file is larger than {size_text(MAX_BYTES)}: give a smaller one")
+        if size > MAX_BYTES:  # uvicorn throws the rest away as it comes, so that the sender reads the answer
+            raise HTTPException(413, f"the file is larger than {size_text(MAX_BYTES)}: give a smaller one")
+        parts.append(part)
     if size == 0:
         raise HTTPException(400, "no picture was sent: give the bytes of an image file as the body")
     return b"".join(parts)
@@ -170,7 +164,7 @@ def render(classifiers: Sequence[Classifier]) -> str:
             limit=MAX_BYTES,
             limit_text=size_text(MAX_BYTES),
             note=f"The {'models know' if several else 'model knows'} {len(classifiers[0].card.classes)} classes and "
-            "always names one of them, whatever the picture shows. The time is the median of five runs of the network "
+            f"always {'name' if several else 'names'} one of them, whatever the picture shows. The time is the median of five runs of the network "
             "alone, without decoding and resizing.",
         )
     )
