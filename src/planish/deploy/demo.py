@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import errno
-import hashlib
 import re
 import socket
 from collections.abc import Sequence
-from importlib.resources import files
 from typing import Any
 
 import uvicorn
@@ -25,6 +22,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from planish.deploy.classify import Classifier
 from planish.deploy.comparison import BadPicture, check_classes, compare, size_text
+from planish.deploy.page import content_policy, render
 from planish.errors import PlanishError
 
 ADDRESS = "127.0.0.1"
@@ -40,7 +38,7 @@ def make_app(classifiers: Sequence[Classifier]) -> Starlette:
         PlanishError: the models have different classes.
     """
     check_classes(classifiers)
-    page = render(classifiers)
+    page = render(classifiers, MAX_BYTES)
     line = Line()
 
     async def home(request: Request) -> Response:
@@ -145,42 +143,6 @@ class Guard:
         if origin is not None and origin != f"http://{host}":
             return "pages from elsewhere may not ask here"
         return None
-
-
-def render(classifiers: Sequence[Classifier]) -> str:
-    """The page as text; everything that comes from a model's card is escaped."""
-    from jinja2 import Environment
-
-    template = files("planish.deploy").joinpath("templates/demo.html.j2").read_text(encoding="utf-8")
-    names = dict.fromkeys(classifier.card.name for classifier in classifiers)
-    several = len(classifiers) > 1
-    return (
-        Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-        .from_string(template)
-        .render(
-            title=f"planish: {', '.join(names)}",
-            invitation=f"Give a picture, and see what {'both models say' if several else 'the model says'}.",
-            models=[{"scheme": c.card.scheme, "file": c.path.name, "size": size_text(c.size)} for c in classifiers],
-            limit=MAX_BYTES,
-            limit_text=size_text(MAX_BYTES),
-            note=f"The {'models know' if several else 'model knows'} {len(classifiers[0].card.classes)} classes and "
-            f"always {'name' if several else 'names'} one of them, whatever the picture shows. The time is the median of five runs of the network "
-            "alone, without decoding and resizing.",
-        )
-    )
-
-
-def content_policy(page: str) -> str:
-    """A policy under which the page's own style and script run, by their hashes, and nothing else."""
-    hashes = {}
-    for tag in ("style", "script"):
-        found = re.findall(rf"<{tag}>(.*?)</{tag}>", page, re.DOTALL)
-        digests = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() for text in found)
-        hashes[tag] = " ".join(f"'sha256-{digest}'" for digest in digests)
-    return (
-        f"default-src 'none'; style-src {hashes['style']}; script-src {hashes['script']}; img-src blob: data:; "
-        "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
 
 
 def listen(port: int) -> socket.socket:
