@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from planish.deploy.classify import Classifier
-from planish.deploy.comparison import BadPicture, check_classes, compare, milliseconds_text, size_text
+from planish.deploy.comparison import BadPicture, check_classes, compare, milliseconds_text, names, outcome, size_text
 from planish.errors import PlanishError
 from tests.deploy.tiny_onnx import save_tiny, tiny_card, weights
 
@@ -41,6 +41,13 @@ def test_agreement_and_one_model(pair):
     assert compare(pair[:1], png(0))["outcome"] == "float says dark."
 
 
+def test_models_of_one_scheme_are_called_by_their_files(pair):
+    (answer,) = pair[0].classify([io.BytesIO(png())])
+    assert names(pair) == ["float", "w4a4"]
+    assert names([pair[1], pair[1]]) == ["low.onnx", "low.onnx"]
+    assert outcome(["a.onnx", "b.onnx"], [answer, answer]) == "Both say light."
+
+
 def test_models_take_turns_and_the_median_is_told(pair, monkeypatch):
     seen = []
     times = iter([(9, 8), (1, 2), (2, 4), (3, 6), (90, 80)])
@@ -67,6 +74,13 @@ def test_every_format_that_is_taken(pair, kind):
     file = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), 255, np.uint8)).save(file, kind)
     assert compare(pair[:1], file.getvalue())["outcome"] == "float says light."
+
+
+def test_a_format_that_the_page_does_not_take(pair):
+    file = io.BytesIO()
+    Image.new("L", (8, 8)).save(file, "PCX")
+    with pytest.raises(BadPicture, match="not an image"):
+        compare(pair, file.getvalue())
 
 
 def test_other_classes_cannot_be_compared(pair, tmp_path):

@@ -30,6 +30,12 @@ def check_classes(classifiers: Sequence[Classifier]) -> None:
             )
 
 
+def names(classifiers: Sequence[Classifier]) -> list[str]:
+    """What each model is called beside the others: its scheme, or its file where two have the same scheme."""
+    schemes = [classifier.card.scheme for classifier in classifiers]
+    return schemes if len(set(schemes)) == len(schemes) else [classifier.path.name for classifier in classifiers]
+
+
 def compare(classifiers: Sequence[Classifier], data: bytes) -> dict[str, Any]:
     """Ask each model about one picture, in turns, so that both meet the same machine.
 
@@ -60,17 +66,17 @@ def compare(classifiers: Sequence[Classifier], data: bytes) -> dict[str, Any]:
         }
         for answer, milliseconds in zip(answers, medians, strict=True)
     ]
-    return {"outcome": outcome([c.card.scheme for c in classifiers], answers), "models": models}
+    return {"outcome": outcome(names(classifiers), answers), "models": models}
 
 
-def outcome(schemes: Sequence[str], answers: Sequence[Answer]) -> str:
+def outcome(called: Sequence[str], answers: Sequence[Answer]) -> str:
     """Whether the models agree on the label, in one sentence."""
     named = [answer.labels[0] for answer in answers]
     if len(named) == 1:
-        return f"{schemes[0]} says {named[0]}."
+        return f"{called[0]} says {named[0]}."
     if len(set(named)) == 1:
         return f"Both say {named[0]}."
-    said = ", ".join(f"{scheme} says {label}" for scheme, label in zip(schemes, named, strict=True))
+    said = ", ".join(f"{name} says {label}" for name, label in zip(called, named, strict=True))
     return f"They differ: {said}."
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 
 from planish.deploy.classify import Classifier
-from planish.deploy.comparison import ROUNDS, size_text
+from planish.deploy.comparison import ROUNDS, names, size_text
 
 
 def render(classifiers: Sequence[Classifier], limit: int) -> str:
@@ -21,13 +21,16 @@ def render(classifiers: Sequence[Classifier], limit: int) -> str:
     from jinja2 import Environment
 
     template = files("planish.deploy").joinpath("templates/demo.html.j2").read_text(encoding="utf-8")
-    names = dict.fromkeys(classifier.card.name for classifier in classifiers)
+    networks = dict.fromkeys(classifier.card.name for classifier in classifiers)
     asked = "both models say" if len(classifiers) > 1 else "the model says"
     page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
     return page.render(
-        title=f"planish: {', '.join(names)}",
+        title=f"planish: {', '.join(networks)}",
         invitation=f"Give a picture, and see what {asked}.",
-        models=[{"scheme": c.card.scheme, "file": c.path.name, "size": size_text(c.size)} for c in classifiers],
+        models=[
+            {"name": name, "file": c.path.name, "size": size_text(c.size)}
+            for name, c in zip(names(classifiers), classifiers, strict=True)
+        ],
         limit=limit,
         limit_text=size_text(limit),
         classes=len(classifiers[0].card.classes),
