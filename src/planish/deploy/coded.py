@@ -18,8 +18,8 @@ from torch import Tensor
 T = torch.Tensor
 _BOTH = (
     "transpose", "permute", "reshape", "flatten", "unflatten", "chunk", "split", "tensor_split", "unbind", "narrow",
-    "select", "squeeze", "unsqueeze", "t", "clone", "detach", "movedim", "moveaxis", "swapaxes", "swapdims", "flip", "roll",
-    "repeat_interleave", "index_select",
+    "select", "squeeze", "unsqueeze", "t", "clone", "detach", "movedim", "moveaxis", "swapaxes", "swapdims", "flip",
+    "roll", "repeat_interleave", "index_select",
 )  # fmt: skip
 _METHODS = ("contiguous", "expand", "expand_as", "repeat", "__getitem__", "swapaxes", "swapdims")
 MOVES = {
