@@ -60,7 +60,7 @@ def test_the_exported_graph_has_one_operator_for_each_site(name):
 
 
 def test_the_operator_of_a_weight_gets_the_latent_parameter_and_the_tables_of_its_grid():
-    model, example = quantized_zoo("test_resnet")
+    model, example = quantized_zoo("test_resnet", "w2a4")
     with visible_quantizers(model):
         exported = export(model, example)
     signature = exported.graph_signature
