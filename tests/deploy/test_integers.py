@@ -69,7 +69,6 @@ def checked(quantized, example):
 
 
 SCHEMES = {
-    "w4a4": "w4a4", "w2a8": "w2a8",
     "tokens": replace(Scheme.parse("w4a8"), activations=Format(8, "token", symmetric=False)),
     "groups": Scheme("w4a8", Format(4, "group", group_size=4), Format(8, symmetric=False)),
 }  # fmt: skip
