@@ -1,6 +1,7 @@
 """Taps see every operand once a product, change nothing by themselves, and come off without a trace."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -322,6 +323,30 @@ def test_gradient_checkpointing_keeps_the_taps():
     model.set_grad_checkpointing(True)
     run(model, example).sum().backward()
     torch.testing.assert_close([tap.factor.grad for tap in taps.values()], expected)
+
+
+def test_the_signature_of_a_forward_stays():
+    """torch.export reads the names of inputs and the places of dynamic shapes from it."""
+    model, example = build("encoder")
+    expected = [inspect.signature(module.forward) for module in model.modules()]
+    attach(model, watch(model, example).products, Count)
+    modules = [module for path, module in model.named_modules() if "planish_taps" not in path]
+    assert [inspect.signature(module.forward) for module in modules] == expected
+
+
+def test_encoders_take_no_shortcut_past_the_taps_and_can_again_afterwards():
+    """What PyTorch's encoder asks before it takes its inference kernels, which a compiler's tracing would take, too."""
+    model, example = build("encoder")
+    layer = model.encoder.layers[0]
+    nests, shortcut = model.encoder.use_nested_tensor, layer.activation_relu_or_gelu
+    assert shortcut
+    taps = attach(model, watch(model, example).products, Count)
+    assert not layer.activation_relu_or_gelu
+    assert not model.encoder.use_nested_tensor
+    assert not copy.deepcopy(model).encoder.layers[0].activation_relu_or_gelu
+    detach(model)
+    assert (model.encoder.use_nested_tensor, layer.activation_relu_or_gelu) == (nests, shortcut)
+    assert taps
 
 
 @pytest.mark.parametrize("name", ["vit_gray_28", "test_efficientnet"])

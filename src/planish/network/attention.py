@@ -47,7 +47,7 @@ def scaled_dot_product_attention(
     if attn_mask is not None:
         logits = logits.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else logits + attn_mask
     # a query that may see nothing gets zeros, as from the fused kernels, and not NaN
-    probabilities = logits.softmax(-1) if attn_mask is None else torch._safe_softmax(logits, -1)
+    probabilities = logits.softmax(-1) if attn_mask is None else torch.ops.aten._safe_softmax(logits, -1)
     if dropout_p > 0:
         probabilities = F.dropout(probabilities, dropout_p)
     return product(*AV, probabilities, value)
@@ -127,7 +127,7 @@ def multi_head_attention_forward(
     logits = product(*QK, q, k.transpose(-2, -1)) / math.sqrt(q.size(-1))
     logits = logits if bias is None else logits + bias
     # without weights to show PyTorch takes the fused kernels here, too
-    weights = logits.softmax(-1) if bias is None or need_weights else torch._safe_softmax(logits, -1)
+    weights = logits.softmax(-1) if bias is None or need_weights else torch.ops.aten._safe_softmax(logits, -1)
     dropped = F.dropout(weights, dropout_p) if training and dropout_p > 0 else weights
     out = product(*AV, dropped, v).permute(2, 0, 1, 3).reshape(length, batch, width)
     out = linear(out, out_proj_weight, out_proj_bias)

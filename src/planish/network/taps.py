@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -119,7 +120,14 @@ class _OperandTaps(ProductMode):
         return key
 
 
+# What the layers of nn.TransformerEncoder ask before they leave for kernels that go past the taps. In eager mode the
+# function mode keeps them here; a compiler does not tell them that one is active.
+_SHORTCUTS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+_NEVER = property(lambda self: False, lambda self, value: None)
+
+
 def _tapped_class(cls: type[nn.Module], weights: tuple[str, ...], functional: bool) -> type[nn.Module]:
+    @wraps(cls.forward)  # torch.export reads the names of the inputs from the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         taps = _taps(self)
         if "input" in taps:
@@ -141,6 +149,7 @@ def _tapped_class(cls: type[nn.Module], weights: tuple[str, ...], functional: bo
         return property(lambda self: _read_weight(self, name))
 
     members: dict[str, Any] = {name: weight(name) for name in weights}
+    members |= {name: _NEVER for kind, name in _SHORTCUTS.items() if issubclass(cls, kind)}
     if issubclass(cls, nn.Sequential):  # it runs all its children
         members["__iter__"] = lambda self: iter([m for name, m in self._modules.items() if name != CHILD])
     members |= {"forward": forward, "_planish_class": cls, "__module__": cls.__module__}
@@ -184,9 +193,10 @@ def attach(
     by_module: dict[str, list[Product]] = defaultdict(list)
     for product in products:
         by_module[product.module].append(product)
+    shortcuts = [path for path, module in model.named_modules() if isinstance(module, tuple(_SHORTCUTS))]
     # The model itself always gets a mode: it notices products of modules that had none when the model was watched, and
     # keeps PyTorch from the fused kernels of nn.TransformerEncoder, which would go past the taps.
-    for path in {"": None, **taps, **weights, **by_module}:
+    for path in {"": None, **taps, **weights, **by_module, **dict.fromkeys(shortcuts)}:
         module, own = model.get_submodule(path), by_module.get(path, [])
         uses = {site.name for product in own for site in product.sites}
         simple = {f"{path}.input".lstrip("."), *(site for site, *_ in weights.get(path, {}).values())}
