@@ -26,7 +26,7 @@ from planish.network.rebuilding import rebuilder
 from planish.ptq.layers import LayerCall
 from planish.ptq.lockstep import Halt, run_in_lockstep
 from planish.ptq.passes import Calibration
-from planish.ptq.ridge import moments, solve_ridge
+from planish.ptq.ridge import moments
 
 CHILD = "planish_compensation"
 
@@ -189,7 +189,7 @@ class BlockCompensation:
             here, there = ends[: len(batches)], ends[len(batches) :]
             calls = [LayerCall(f"{path}.{CHILD}", *_call(added, x)) for x, _ in here]
             missing = (exact - ours for (_, ours), (_, exact) in zip(here, there, strict=True))
-            change = solve_ridge(*moments(calls, missing, ones=True), self.lam, ones=True)
+            change = moments(zip(calls, missing, strict=True)).change(self.lam, bias=True)
             added.weight.copy_(calls[0].from_matrix(change[..., :-1]))
             added.bias.copy_(change[0, :, -1])
 
