@@ -16,6 +16,7 @@ from torch import Tensor
 from planish.errors import PlanishError
 from planish.functional import Grid, dequantize, quantize
 from planish.network import Site, detach, taps_of
+from planish.ptq.halves import halves_round
 from planish.ptq.layers import LayerCall, layer_weights, parameter_at
 from planish.ptq.outputs import keep_float
 from planish.ptq.passes import Calibration
@@ -24,6 +25,7 @@ from planish.ptq.rounding import Round
 from planish.ptq.walk import check_memory, peek, visit_layers
 
 INPUTS = ("quantized", "float")
+SOLVERS = ("columns", "halves")
 
 
 def gptq_round(
@@ -104,6 +106,8 @@ class GPTQ:
         block: columns that are rounded before the others hear of it; it changes the time, not the result.
         ridge: before a layer is rounded, move its weight by this correction towards the float network's output, whose
             inputs then are those that the *rounded* layers before it give.
+        solver: "columns": GPTQ; "halves": ERQ's, which rounds half of the columns that are left at a time and refines
+            their roundings (``ptq/halves.py``).
         memory: gigabytes of outputs of blocks that are held in memory; beyond it, in temporary files.
 
     Raises:
@@ -115,6 +119,7 @@ class GPTQ:
     inputs: str = "quantized"
     block: int = 128
     ridge: RidgeCorrection | None = None
+    solver: str = "columns"
     memory: float = 4.0
 
     name = "gptq"
@@ -125,6 +130,8 @@ class GPTQ:
             raise PlanishError(f"gptq: damp is {self.damp}: give a share of the mean diagonal above 0, such as 0.01")
         if self.inputs not in INPUTS:
             raise PlanishError(f"gptq: inputs is {self.inputs!r}: choose one of {', '.join(INPUTS)}")
+        if self.solver not in SOLVERS:
+            raise PlanishError(f"gptq: solver is {self.solver!r}: choose one of {', '.join(SOLVERS)}")
         if self.block < 1:
             raise PlanishError(f"gptq: block is {self.block}: give a number of columns, at least 1")
         if self.ridge is not None and self.inputs == "float":
@@ -160,11 +167,14 @@ class GPTQ:
             else:
                 hessian = self.ridge.correct(model, wanted[site], calls).inputs
             grid = grid._replace(scale=call.matrix(grid.scale), zero_point=call.matrix(grid.zero_point))
-            values = gptq_round(
-                call.matrix(parameter), hessian, grid, damp=self.damp, act_order=self.act_order, block=self.block
-            )
+            values = self._round(call.matrix(parameter), hessian, grid)
             parameter.copy_(call.from_matrix(values))
 
         networks = [twin] if self.inputs == "float" else [model] if self.ridge is None else [model, twin]
         products, batches = calibration.assignment.products, calibration.batches
         return visit_layers(networks, products, batches, wanted, decide, memory=self.memory)
+
+    def _round(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+        if self.solver == "halves":
+            return halves_round(weight, hessian, grid, lam=self.damp, act_order=self.act_order)
+        return gptq_round(weight, hessian, grid, damp=self.damp, act_order=self.act_order, block=self.block)
