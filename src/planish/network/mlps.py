@@ -40,21 +40,25 @@ def find_mlps(model: nn.Module, example: Any) -> list[MLP]:
     the three modules has to run once. A GELU that is called as a function is not found.
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
-    handles = []
-    for path, module in model.named_modules():
+    handles: list[Any] = []
 
-        def keep(module: nn.Module, args: tuple[Any, ...], output: Any, path: str = path) -> None:
+    def watch(path: str, module: nn.Module) -> None:
+        def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             if args and isinstance(args[0], Tensor) and isinstance(output, Tensor):
                 calls.append((path, args[0], output))
 
-        if isinstance(module, nn.Linear) or _is_gelu(module):
-            handles.append(module.register_forward_hook(keep))
-    try:
-        with evaluating(model), torch.no_grad():
+        handles.append(module.register_forward_hook(keep))
+
+    with evaluating(model), torch.no_grad():
+        gelus = {path for path, module in model.named_modules() if _is_gelu(module)}
+        try:
+            for path, module in model.named_modules():
+                if isinstance(module, nn.Linear) or path in gelus:
+                    watch(path, module)
             call_model(model, example)
-    finally:
-        for handle in handles:
-            handle.remove()
+        finally:
+            for handle in handles:
+                handle.remove()
     paths = [path for path, *_ in calls]
     once = [call for call in calls if paths.count(call[0]) == 1]
     linear = [call for call in once if getattr(model.get_submodule(call[0]), "bias", None) is not None]
@@ -62,7 +66,7 @@ def find_mlps(model: nn.Module, example: Any) -> list[MLP]:
     readers = {_place(entering): path for path, entering, _ in linear}
     found = []
     for path, entering, output in once:
-        if _is_gelu(model.get_submodule(path)) and _place(entering) in makers and _place(output) in readers:
+        if path in gelus and _place(entering) in makers and _place(output) in readers:
             found.append(MLP(makers[_place(entering)], path, readers[_place(output)]))
     return found
 
@@ -73,7 +77,7 @@ def _place(tensor: Tensor) -> tuple[int, torch.Size]:
 
 def _is_gelu(module: nn.Module) -> bool:
     """Whether a module without parameters and without modules inside gives what GELU gives, exact or by tanh."""
-    if any(True for _ in module.parameters()) or any(True for _ in module.children()) or module._forward_hooks:
+    if any(True for _ in module.parameters()) or any(True for _ in module.children()):
         return False
     probe = torch.linspace(-4, 4, 33)
     try:
