@@ -22,7 +22,7 @@ from tests.ptq.test_gptq import wide
 from tests.ptq.test_quantize import run, same_state
 
 ROUND = [FoldBatchNorm(), Calibrate(), Round()]
-QUICK = ReplaceGELU(iterations=40)
+QUICK = ReplaceGELU(iterations=5)
 
 
 def mlp(seed=0):
