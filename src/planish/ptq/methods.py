@@ -15,6 +15,7 @@ from planish.ptq.norm_tuning import PrepareNorms, TuneNorms
 from planish.ptq.passes import Pass
 from planish.ptq.reconstruction import Reconstruct
 from planish.ptq.refine import RefineRanges
+from planish.ptq.relu import ReplaceGELU
 from planish.ptq.repq import RepQ
 from planish.ptq.ridge import RidgeCorrection
 from planish.ptq.rotate import Rotate
@@ -93,6 +94,12 @@ METHODS = {
             "rtn with ranges per channel after LayerNorm, folded into it and the next layers",
             "Li et al. 2023, arXiv 2212.08254",
             lambda: [RepQ(), FoldBatchNorm(), Calibrate(), Round()],
+        ),
+        Method(
+            "relu",
+            "rtn, after the GELU of every MLP was exchanged for a ReLU and the MLP fitted to what it gave",
+            "APHQ-ViT, Wu et al. 2025, arXiv 2504.02508",
+            lambda: [ReplaceGELU(), FoldBatchNorm(), Calibrate(), Round()],
         ),
         Method(
             "refine",

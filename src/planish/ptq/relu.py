@@ -135,7 +135,7 @@ class ReplaceGELU:
     iterations: int = 500
     lr: float = 0.02
     batch: int = 1024
-    held: float = 0.1
+    held: float = 0.25
     seed: int = 0
     memory: float = 4.0
     name = "replace-gelu"
