@@ -15,14 +15,17 @@ _WHERE = {
     "Scheme": "planish.scheme",
     "calibration_subset": "planish.data",
     "evaluate": "planish.evaluation",
+    "export": "planish.deploy.onnx.export",
     "flatten": "planish.flattening",
     "FlattenSettings": "planish.flattening",
     "ledger": "planish.network",
+    "load": "planish.deploy.checkpoint",
     "load_data": "planish.data",
     "load_model": "planish.models",
     "make_loader": "planish.data",
     "QATSettings": "planish.qat",
     "quantize": "planish.ptq",
+    "save": "planish.deploy.checkpoint",
     "train": "planish.qat",
     "TrainingSettings": "planish.training",
 }
@@ -30,6 +33,8 @@ __all__ = sorted([*_WHERE, "__version__"])
 
 if TYPE_CHECKING:
     from planish.data import calibration_subset, load_data, make_loader
+    from planish.deploy.checkpoint import load, save
+    from planish.deploy.onnx.export import export
     from planish.errors import PlanishError
     from planish.evaluation import evaluate
     from planish.flattening import FlattenSettings, flatten

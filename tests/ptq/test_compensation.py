@@ -15,6 +15,9 @@ from planish.network.batches import first_image
 from planish.network.rebuilding import rebuilt
 from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize
 from planish.ptq.compensation import CHILD, BlockCompensation, add_compensation, find_blocks
+from planish.ptq.gptq import GPTQ
+from planish.ptq.outputs import KeepFloat
+from planish.ptq.rotate import Rotate
 from tests.deploy.tiny import LOOKS, RECIPES
 from tests.network.zoo import build
 from tests.ptq.test_gptq import Keep, wide
@@ -147,6 +150,28 @@ def test_done_twice_it_is_done_once():
     model, images = wide()
     once, twice = (quantize(model, [images], "w3a3", [*PREPARE, *[added()] * n]) for n in (1, 2))
     assert same_state(once, twice)
+
+
+@pytest.mark.parametrize("before", [(), (Rotate(),)])
+@pytest.mark.parametrize("rounding", [Round(), GPTQ()])
+def test_a_rotated_stream_has_rotated_targets(before, rounding):
+    model, images = wide()
+    expected = run(model, images)
+    passes = [*before, FoldBatchNorm(), Calibrate(), rounding]
+    plain, ours = (quantize(model, images.split(32), "w3a3", [*passes, *more]) for more in ([], [added()]))
+    assert (run(ours, images) - expected).norm() < 0.95 * (run(plain, images) - expected).norm()
+
+
+def test_at_8_bits_the_maps_of_a_rotated_network_are_next_to_nothing():
+    model, images = wide()
+    ours = quantize(model, [images], "w8a8", [Rotate(), *PREPARE, added()])
+    assert all(ours.blocks[i].get_submodule(CHILD).weight.norm() < 0.1 for i in (0, 1))
+
+
+def test_a_float_network_that_was_kept_before_the_rotation_is_refused():
+    model, images = wide()
+    with pytest.raises(PlanishError, match=r"has another structure now .* put KeepFloat\(\) behind"):
+        quantize(model, [images], "w3a3", [KeepFloat(), Rotate(), *PREPARE, added()])
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

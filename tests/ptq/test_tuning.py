@@ -97,7 +97,8 @@ def test_the_affines_of_another_network_are_found_again():
 @pytest.mark.parametrize(
     ("options", "match"),
     [({"steps": 0}, "steps is 0"), ({"batch": 0}, "batch is 0"), ({"lr": 0.0}, r"lr is 0\.0"),
-     ({"temperature": float("nan")}, "temperature is nan"), ({"clip": -1.0}, "clip is -1")],
+     ({"temperature": float("nan")}, "temperature is nan"), ({"clip": -1.0}, "clip is -1"),
+     ({"held": 0.0}, "held is 0")],
 )  # fmt: skip
 def test_bad_options(options, match):
     with pytest.raises(PlanishError, match=match):

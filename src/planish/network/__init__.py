@@ -4,6 +4,7 @@ from planish.network.compensated import add_compensation
 from planish.network.coverage import Assignment, assign, check_covered
 from planish.network.folding import fold_batchnorm
 from planish.network.ledger import Ledger, ledger
+from planish.network.mlps import find_mlps, put_relu
 from planish.network.norms import reestimate_batchnorm
 from planish.network.query_key import reparameterize_query_key
 from planish.network.residual import find_stream, rotate_stream
@@ -22,9 +23,11 @@ __all__ = [
     "attach",
     "check_covered",
     "detach",
+    "find_mlps",
     "find_stream",
     "fold_batchnorm",
     "ledger",
+    "put_relu",
     "reestimate_batchnorm",
     "reparameterize_query_key",
     "rotate_stream",

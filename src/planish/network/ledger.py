@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.network.coverage import Assignment, assign
+from planish.network.rebuilding import rebuilt
 from planish.network.sites import watch
 from planish.network.taps import taps_of
 from planish.scheme import Scheme
@@ -32,11 +33,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Ledger:
-    """Rows by site, and the share of the multiply-accumulates at each precision (``{"w4a4": 0.93, ...}``)."""
+    """Rows by site, and the share of the multiply-accumulates at each precision (``{"w4a4": 0.93, ...}``).
+
+    ``rebuilt`` names what was done to the network's structure, in order (``network/rebuilding.py``).
+    """
 
     rows: tuple[Row, ...]
     shares: dict[str, float]
     macs: int
+    rebuilt: tuple[str, ...] = ()
 
     def as_dicts(self) -> list[dict[str, Any]]:
         return [asdict(row) for row in self.rows]
@@ -52,6 +57,8 @@ class Ledger:
         lines.insert(1, "  ".join("-" * w for w in widths))
         total = ", ".join(f"{name} {100 * share:.2f} %" for name, share in self.shares.items())
         lines.append(f"{self.macs:,} multiply-accumulates for one image: {total}")
+        if self.rebuilt:
+            lines.append(f"the structure is not that of the network as it was given: {', '.join(self.rebuilt)}")
         return "\n".join(line.rstrip() for line in lines)
 
 
@@ -107,7 +114,8 @@ def ledger(
     """
     known: Assignment | None = getattr(model, "planish_assignment", None)
     if known is not None and scheme is None:
-        return build_ledger(known, {name: type(tap).__name__ for name, tap in taps_of(model)})
+        own = build_ledger(known, {name: type(tap).__name__ for name, tap in taps_of(model)})
+        return replace(own, rebuilt=tuple(dict.fromkeys(note["name"] for note in rebuilt(model))))
     watched = watch(model, example_for(model) if example is None else example)
     plan = assign(watched, scheme or "w8a8", allow=allow)
     if scheme is None:

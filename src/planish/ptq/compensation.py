@@ -23,10 +23,12 @@ from planish.network import Product, attach, detach, taps_of
 from planish.network.batches import call_model, first_image
 from planish.network.compensated import CHILD, add_compensation
 from planish.network.modes import evaluating
+from planish.network.rebuilding import rebuilt
 from planish.ptq.layers import LayerCall
 from planish.ptq.lockstep import Halt, run_in_lockstep
+from planish.ptq.outputs import float_twin
 from planish.ptq.passes import Calibration
-from planish.ptq.ridge import moments, solve_ridge
+from planish.ptq.ridge import moments
 
 
 @dataclass
@@ -108,14 +110,15 @@ class BlockCompensation:
     done in the order of execution, so that X comes from the compensated blocks before. Goes last, after the weights
     are rounded. The maps stay in float, as the ledger says: their products are put on the list of those that may.
 
-    The targets are the blocks' outputs in the network as it was given, so passes that leave those as they were up to
-    quantization may come before; a pass that rotates the stream between the blocks may not.
+    The targets are the blocks' outputs in the network as it was given. Where a pass has changed its structure (the
+    stream between the blocks may be turned), they are those of the float network that has this structure, too.
 
     Attributes:
         lam: of the ridge, as a share of the mean diagonal.
 
     Raises:
-        PlanishError: lam is not above 0, or values in the network are not finite.
+        PlanishError: lam is not above 0, values in the network are not finite, or there is no float network with the
+            blocks that the quantized one has.
     """
 
     lam: float = 0.1
@@ -134,6 +137,7 @@ class BlockCompensation:
         if given is None:
             raise PlanishError(f"{self.name}: the calibration has no float network: set given to it")
         taps, before = dict(taps_of(model)), calibration.assignment
+        teacher = self._teacher(calibration, given)
         detach(model)
         blocks = find_blocks(model, first_image(calibration.batches[0]), before.products)
         if add_compensation(model, blocks=blocks):
@@ -144,10 +148,23 @@ class BlockCompensation:
             calibration.assignment = replace(calibration.assignment, formats=formats)
         attach(model, calibration.assignment.products, lambda site: taps.get(site.name))
         if blocks:
-            with evaluating(given):
-                self._fit(model, given, [path for path, *_ in blocks], calibration.batches)
+            with evaluating(teacher):
+                self._fit(model, teacher, [path for path, *_ in blocks], calibration.batches)
         text = f"{len(blocks)} blocks got a linear map in float" if blocks else "no residual block was found"
         calibration.note(self.name, text)
+
+    def _teacher(self, calibration: Calibration, given: nn.Module) -> nn.Module:
+        """The float network whose blocks put out what those of the quantized one should."""
+        own = _notes(calibration.model)
+        if own == _notes(given):
+            return given
+        twin = float_twin(calibration)
+        if own != _notes(twin):
+            raise PlanishError(
+                f"{self.name}: the network has another structure now than the float network that was kept to compare "
+                f"with: put KeepFloat() behind the passes that change it, such as Rotate"
+            )
+        return twin
 
     def _fit(self, model: nn.Module, given: nn.Module, paths: Sequence[str], batches: Sequence[Any]) -> None:
         """Set the maps, block by block, all images at the same time."""
@@ -157,7 +174,7 @@ class BlockCompensation:
             here, there = ends[: len(batches)], ends[len(batches) :]
             calls = [LayerCall(f"{path}.{CHILD}", *_call(added, x)) for x, _ in here]
             missing = (exact - ours for (_, ours), (_, exact) in zip(here, there, strict=True))
-            change = solve_ridge(*moments(calls, missing, ones=True), self.lam, ones=True)
+            change = moments(zip(calls, missing, strict=True)).change(self.lam, bias=True)
             added.weight.copy_(calls[0].from_matrix(change[..., :-1]))
             added.bias.copy_(change[0, :, -1])
 
@@ -189,3 +206,8 @@ def _call(layer: nn.Linear | nn.Conv2d, x: Tensor) -> tuple[Any, dict[str, Any]]
     if isinstance(layer, nn.Linear):
         return F.linear, operands
     return F.conv2d, {**operands, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+
+
+def _notes(model: nn.Module) -> list[dict[str, Any]]:
+    """What was changed in a network's structure, but for the maps beside its blocks."""
+    return [note for note in rebuilt(model) if note["name"] != "block-compensation"]

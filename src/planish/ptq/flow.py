@@ -24,7 +24,7 @@ class _Reached(Exception):
 
 
 @contextmanager
-def _returning(module: nn.Module, value: Any) -> Iterator[None]:
+def returning(module: nn.Module, value: Any) -> Iterator[None]:
     """The module does not run, but returns ``value``."""
     module.__dict__["forward"] = lambda *args, **kwargs: value
     try:
@@ -184,7 +184,7 @@ class Flow:
                     given = value if i == index and link is unit else None
                     if given is None:
                         given = value.new_zeros(()).expand(len(value), *link.shape[1:])
-                    stack.enter_context(_returning(model.get_submodule(link.path), given))
+                    stack.enter_context(returning(model.get_submodule(link.path), given))
             yield
 
     @torch.no_grad()

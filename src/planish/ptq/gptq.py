@@ -6,7 +6,7 @@ Frantar et al. 2022, arXiv 2210.17323, after optimal brain quantization (Frantar
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,29 +16,16 @@ from torch import Tensor
 from planish.errors import PlanishError
 from planish.functional import Grid, dequantize, quantize
 from planish.network import Site, detach, taps_of
-from planish.ptq.layers import LayerCall, layer_weights, parameter_at, visit_layers
+from planish.ptq.halves import halves_round
+from planish.ptq.layers import LayerCall, layer_weights, parameter_at
 from planish.ptq.outputs import keep_float
 from planish.ptq.passes import Calibration
-from planish.ptq.ridge import RidgeCorrection
+from planish.ptq.ridge import RidgeCorrection, moments
 from planish.ptq.rounding import Round
+from planish.ptq.walk import check_memory, peek, visit_layers
 
 INPUTS = ("quantized", "float")
-
-
-def input_moments(calls: list[LayerCall]) -> Tensor:
-    """The Hessian of the squared error of a layer's output, 2 X X^T (equation 1): (G, K, K), float64."""
-    total: Tensor | None = None
-    for call in calls:
-        for x, _ in call.columns():
-            part = 2 * (x @ x.transpose(1, 2)).double()
-            total = part if total is None else total.add_(part)
-    assert total is not None
-    if not total.isfinite().all():
-        raise PlanishError(
-            f"{calls[0].site}: inputs of this layer are not finite or too large to be squared; look for an overflow in "
-            f"the layers before it"
-        )
-    return total
+SOLVERS = ("columns", "halves")
 
 
 def gptq_round(
@@ -107,9 +94,9 @@ def _inverse_factor(hessian: Tensor, damp: float) -> Tensor:
 class GPTQ:
     """Round the weights by GPTQ, in the order of execution, on the grids that the scheme's observer sets.
 
-    Every image goes through the network once; at each layer all wait until its weight is rounded. Products other than
-    linear layers and convolutions, and weights that are computed from parameters, are rounded to nearest, which the log
-    says.
+    The Hessian of the squared error of a layer's output is 2 X X^T (equation 1), summed over the batches. Products
+    other than linear layers and convolutions, and weights that are computed from parameters, are rounded to nearest,
+    which the log says.
 
     Attributes:
         damp: added to the diagonal of the Hessian, as a share of its mean.
@@ -119,6 +106,9 @@ class GPTQ:
         block: columns that are rounded before the others hear of it; it changes the time, not the result.
         ridge: before a layer is rounded, move its weight by this correction towards the float network's output, whose
             inputs then are those that the *rounded* layers before it give.
+        solver: "columns": GPTQ; "halves": ERQ's, which rounds half of the columns that are left at a time and refines
+            their roundings (``ptq/halves.py``).
+        memory: gigabytes of outputs of blocks that are held in memory; beyond it, in temporary files.
 
     Raises:
         PlanishError: an option has no meaning, or inputs of a layer are not finite.
@@ -129,14 +119,19 @@ class GPTQ:
     inputs: str = "quantized"
     block: int = 128
     ridge: RidgeCorrection | None = None
+    solver: str = "columns"
+    memory: float = 4.0
 
     name = "gptq"
 
     def __post_init__(self) -> None:
+        check_memory(self.name, self.memory)
         if not self.damp > 0:
             raise PlanishError(f"gptq: damp is {self.damp}: give a share of the mean diagonal above 0, such as 0.01")
         if self.inputs not in INPUTS:
             raise PlanishError(f"gptq: inputs is {self.inputs!r}: choose one of {', '.join(INPUTS)}")
+        if self.solver not in SOLVERS:
+            raise PlanishError(f"gptq: solver is {self.solver!r}: choose one of {', '.join(SOLVERS)}")
         if self.block < 1:
             raise PlanishError(f"gptq: block is {self.block}: give a number of columns, at least 1")
         if self.ridge is not None and self.inputs == "float":
@@ -164,17 +159,22 @@ class GPTQ:
         twin = copy.deepcopy(model)
         detach(twin)
 
-        def decide(site: str, calls: list[list[LayerCall]]) -> None:
-            parameter = parameter_at(model, wanted[site])
-            if self.ridge is not None:
-                self.ridge.correct(model, wanted[site], *calls)
-            call, grid = calls[0][0], taps[site].grid
-            hessian = input_moments(calls[0])
+        def decide(site: str, calls: Iterable[tuple[LayerCall, ...]]) -> None:
+            parameter, grid = parameter_at(model, wanted[site]), taps[site].grid
+            (call, *_), calls = peek(calls)
+            if self.ridge is None:
+                hessian = moments((of_all[0], None) for of_all in calls).inputs
+            else:
+                hessian = self.ridge.correct(model, wanted[site], calls).inputs
             grid = grid._replace(scale=call.matrix(grid.scale), zero_point=call.matrix(grid.zero_point))
-            values = gptq_round(
-                call.matrix(parameter), hessian, grid, damp=self.damp, act_order=self.act_order, block=self.block
-            )
+            values = self._round(call.matrix(parameter), hessian, grid)
             parameter.copy_(call.from_matrix(values))
 
         networks = [twin] if self.inputs == "float" else [model] if self.ridge is None else [model, twin]
-        return visit_layers(networks, calibration.assignment.products, calibration.batches, wanted, decide)
+        products, batches = calibration.assignment.products, calibration.batches
+        return visit_layers(networks, products, batches, wanted, decide, memory=self.memory)
+
+    def _round(self, weight: Tensor, hessian: Tensor, grid: Grid) -> Tensor:
+        if self.solver == "halves":
+            return halves_round(weight, hessian, grid, lam=self.damp, act_order=self.act_order)
+        return gptq_round(weight, hessian, grid, damp=self.damp, act_order=self.act_order, block=self.block)

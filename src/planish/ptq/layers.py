@@ -1,21 +1,16 @@
-"""The calls of layers with weights, as plain matrix products, and a walk through a network that halts at each layer."""
+"""The calls of layers with weights, as plain matrix products."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import product as combinations
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
-from planish.network import Assignment, Product, Site, attach
-from planish.network.batches import call_model
-from planish.network.taps import taps_of
-from planish.ptq.lockstep import Halt, run_in_lockstep
+from planish.network import Assignment, Site
 
 CHUNK = 2**24  # numbers in the columns that are unfolded at once
 
@@ -130,8 +125,10 @@ def _each(value: Any, n: int) -> tuple[int, ...]:
     return values * n if len(values) == 1 else values
 
 
-def _bind(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """The arguments by name; ``None`` for an ``addmm`` that scales its parts."""
+def layer_arguments(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any] | None:
+    """The arguments by name; ``None`` where it is no layer's, and for an ``addmm`` that scales its parts."""
+    if function not in _FUNCTIONS:
+        return None
     if function is torch.addmm:
         kwargs = {_OTHER_NAMES.get(name, name): value for name, value in kwargs.items()}
     bound = {**dict(zip(_FUNCTIONS[function], args, strict=False)), **kwargs}
@@ -150,7 +147,7 @@ def _named(function: Any, args: dict[str, Any]) -> dict[str, Any]:
 
 
 def layer_weights(assignment: Assignment) -> dict[str, Site]:
-    """The weights that :func:`visit_layers` can halt at: parameters in linear layers and convolutions."""
+    """The weights that a walk can halt at (``ptq/walk.py``): parameters in linear layers and convolutions."""
     found = (p.weight for p in assignment.products if p.operator in OPERATORS)
     return {site.name: site for site in found if site is not None and site.parameter}
 
@@ -160,86 +157,3 @@ def parameter_at(model: nn.Module, site: Site) -> nn.Parameter:
     found = model.get_submodule(site.owner)._parameters[site.slot]
     assert found is not None
     return found
-
-
-class _Mark(nn.Module):
-    """Lets the parameter pass, with the name of its site."""
-
-    def __init__(self, site: str) -> None:
-        super().__init__()
-        self.site = site
-
-    def forward(self, x: Tensor) -> Tensor:
-        marked: Any = x.detach()  # the same memory: what is decided about the parameter is seen here
-        marked.planish_site = self.site
-        return marked  # type: ignore[no-any-return]
-
-
-class _Halts(TorchFunctionMode):
-    """Halts a forward pass at the first call of each marked layer."""
-
-    def __init__(self, halt: Halt) -> None:
-        super().__init__()
-        self.halt, self.passed = halt, set[str]()
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _FUNCTIONS and (bound := _bind(func, args, kwargs)) is not None:
-            site = getattr(bound["weight"], "planish_site", None)
-            if site is not None and site not in self.passed:
-                self.passed.add(site)
-                self.halt(site, LayerCall(site, func, bound))
-        return func(*args, **kwargs)
-
-
-def visit_layers(
-    networks: Sequence[nn.Module],
-    products: Sequence[Product],
-    batches: Sequence[Any],
-    wanted: Collection[str],
-    decide: Callable[[str, list[list[LayerCall]]], None],
-) -> set[str]:
-    """Take all images through the networks at the same time and halt at the layers, in the order of execution.
-
-    Args:
-        networks: of the same structure; each keeps the taps that it has, except those on ``wanted`` weights, which
-            are used as they are until the walk is over.
-        products: of these networks.
-        wanted: names of the sites of weights that are parameters.
-        decide: called with the site and, for each network, the calls in the order of the batches. What it writes
-            into the parameters is what the images go on with. A weight that is used more than once is decided at its
-            first use.
-
-    Returns:
-        The sites that were visited. A weight is left out if what multiplies with it is not one of ``OPERATORS``.
-    """
-    visited: set[str] = set()
-
-    def walk(network: nn.Module, batch: Any) -> Callable[[Halt], None]:
-        def run(halt: Halt) -> None:
-            with _Halts(halt):
-                call_model(network, batch)
-
-        return run
-
-    def sort(site: str, calls: list[LayerCall]) -> None:
-        visited.add(site)
-        decide(site, [calls[i : i + len(batches)] for i in range(0, len(calls), len(batches))])
-
-    present = [dict(taps_of(network)) for network in networks]
-
-    def marked(taps: dict[str, nn.Module]) -> Callable[[Site], nn.Module | None]:
-        return lambda site: _Mark(site.name) if site.name in wanted else taps.get(site.name)
-
-    try:
-        for network, taps in zip(networks, present, strict=True):
-            network.eval()
-            attach(network, products, marked(taps))
-        with torch.no_grad():
-            run_in_lockstep([walk(network, batch) for network, batch in combinations(networks, batches)], sort)
-    finally:
-        for network, taps in zip(networks, present, strict=True):
-            attach(network, products, lambda site, taps=taps: taps.get(site.name))  # type: ignore[misc]
-    return visited

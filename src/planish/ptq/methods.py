@@ -15,6 +15,7 @@ from planish.ptq.norm_tuning import PrepareNorms, TuneNorms
 from planish.ptq.passes import Pass
 from planish.ptq.reconstruction import Reconstruct
 from planish.ptq.refine import RefineRanges
+from planish.ptq.relu import ReplaceGELU
 from planish.ptq.repq import RepQ
 from planish.ptq.ridge import RidgeCorrection
 from planish.ptq.rotate import Rotate
@@ -37,7 +38,7 @@ def _reconstructed(**options: Any) -> Callable[[], list[Pass]]:
 
 def _fast() -> list[Pass]:
     """Seconds, and no backpropagation; a network without LayerNorm is not rotated."""
-    return [Rotate(), FoldBatchNorm(), Calibrate(), GPTQ(ridge=RidgeCorrection())]
+    return [Rotate(), FoldBatchNorm(), Calibrate(), GPTQ(ridge=RidgeCorrection(), solver="halves")]
 
 
 def _best_cnn() -> list[Pass]:
@@ -46,7 +47,7 @@ def _best_cnn() -> list[Pass]:
 
 def _best_vit() -> list[Pass]:
     """After the rotation no norm has an affine map: every layer gets a factor and a shift instead."""
-    return [Rotate(), FoldBatchNorm(), Calibrate(), Round(), Reconstruct(), TuneNorms(layers="all")]
+    return [Rotate(), FoldBatchNorm(), Calibrate(), Round(), Reconstruct(), TuneNorms(layers="all", held=0.25)]
 
 
 METHODS = {
@@ -66,9 +67,9 @@ METHODS = {
         ),
         Method(
             "erq",
-            "gptq, after a ridge regression has fitted the weights to the quantized inputs",
+            "a ridge regression fits the weights to the quantized inputs, then columns are rounded by halves",
             "Zhong et al. 2024, arXiv 2407.06794",
-            lambda: [FoldBatchNorm(), Calibrate(), GPTQ(ridge=RidgeCorrection())],
+            lambda: [FoldBatchNorm(), Calibrate(), GPTQ(ridge=RidgeCorrection(), solver="halves")],
         ),
         Method(
             "qwt",
@@ -93,6 +94,12 @@ METHODS = {
             "rtn with ranges per channel after LayerNorm, folded into it and the next layers",
             "Li et al. 2023, arXiv 2212.08254",
             lambda: [RepQ(), FoldBatchNorm(), Calibrate(), Round()],
+        ),
+        Method(
+            "relu",
+            "rtn, after the GELU of every MLP was exchanged for a ReLU and the MLP fitted to what it gave",
+            "APHQ-ViT, Wu et al. 2025, arXiv 2504.02508",
+            lambda: [ReplaceGELU(), FoldBatchNorm(), Calibrate(), Round()],
         ),
         Method(
             "refine",
@@ -154,9 +161,7 @@ METHODS = {
             "Cheng et al. 2023, arXiv 2309.05516",
             _reconstructed(learner="signround", drop=0.0),
         ),
-        Method(
-            "fast", "rotation, ridge regression and gptq: the best without backpropagation", "docs/methods.md", _fast
-        ),
+        Method("fast", "rotation, then erq: the best without backpropagation", "docs/methods.md", _fast),
         Method(
             "best-cnn",
             "genie, and the factors and shifts of channels tuned afterwards",

@@ -58,6 +58,15 @@ def _join(batches: Sequence[Any]) -> Any:
     return first
 
 
+def all_images(calibration: Calibration) -> Images:
+    """The calibration images."""
+    return Images(_join(calibration.batches), torch.cat(calibration.reference).to(_device(calibration)))
+
+
+def _device(calibration: Calibration) -> torch.device:
+    return next(calibration.model.parameters()).device
+
+
 @dataclass(frozen=True)
 class Tuning:
     """Distillation from the float network, and its options.
@@ -70,6 +79,7 @@ class Tuning:
         clip: norm to which the gradient is clipped.
         images: batches of images to tune on (labels are not read), gone through as often as needed, in place of the
             calibration images, which then all judge the result.
+        held: share of the calibration images that are held out to judge the result.
         seed: of the order of the images and of the choice of those held out.
     """
 
@@ -79,28 +89,35 @@ class Tuning:
     temperature: float = 4.0
     clip: float = 1.0
     images: Iterable[Any] | None = None
+    held: float = 0.1
     seed: int = 0
 
     def __post_init__(self) -> None:
         for option in ("steps", "batch"):
             if getattr(self, option) < 1:
                 raise PlanishError(f"{option} is {getattr(self, option)}: norm tuning takes at least 1.")
+        if not 0 < self.held < 1:
+            raise PlanishError(f"held is {self.held}: give a share of the calibration images between 0 and 1.")
         for option in ("lr", "temperature", "clip"):
             if not 0 < getattr(self, option) < math.inf:
                 raise PlanishError(f"{option} is {getattr(self, option)}: give a number above 0.")
 
     def split(self, calibration: Calibration) -> tuple[Iterator[Images], Images]:
-        """Batches to tune on, without end, and the images that judge the result: a tenth of the calibration images, or
+        """Batches to tune on, without end, and the images that judge the result: a share of the calibration images, or
         all of them where there are others to tune on."""
-        device = next(calibration.model.parameters()).device
-        every = Images(_join(calibration.batches), torch.cat(calibration.reference).to(device))
         if self.images is not None:
-            return self._stream(calibration.given, device), every
+            return self._stream(calibration.given, _device(calibration)), all_images(calibration)
         generator = torch.Generator().manual_seed(self.seed)
+        fit, held = self.parts(calibration, generator)
+        return fit.shuffled(self.batch, generator), held
+
+    def parts(self, calibration: Calibration, generator: torch.Generator) -> tuple[Images, Images]:
+        """The calibration images but for the share that is held out, and that share; of one image, twice this one."""
+        every = all_images(calibration)
         order = torch.randperm(len(every), generator=generator)
-        held = max(1, len(every) // 10) if len(every) > 1 else 0
+        held = max(1, int(len(every) * self.held)) if len(every) > 1 else 0
         fit = every[order[held:]]
-        return fit.shuffled(self.batch, generator), every[order[:held]] if held else fit
+        return fit, every[order[:held]] if held else fit
 
     def _stream(self, teacher: nn.Module | None, device: torch.device) -> Iterator[Images]:
         assert self.images is not None

@@ -1,0 +1,61 @@
+"""Finding MLPs by what flows through them."""
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from planish.network.batches import first_image
+from planish.network.mlps import MLP, find_mlps, put_relu
+from tests.network.zoo import build
+
+PATHS = {
+    "vit_gray_28": [(f"blocks.{i}.mlp", ("fc1", "act", "fc2")) for i in (0, 1)],
+    "swin": [
+        (f"layers.{i}.blocks.{j}.mlp", ("fc1", "act", "fc2")) for i in (0, 1) for j in (0, 1)
+    ],
+    "hf_vit_sdpa": None,
+    "test_resnet": [],
+    "twice": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_the_mlps_of_many_networks(name):
+    model, example = build(name)
+    found = find_mlps(model, first_image(example))
+    if PATHS[name] is None:
+        assert len(found) == 2
+        return
+    assert found == [MLP(*(f"{path}.{part}" for part in parts)) for path, parts in PATHS[name]]
+
+
+class Odd(nn.Module):
+    """Only `good` is an MLP: the others have no GELU between, no bias, something in between, or run twice."""
+
+    def __init__(self):
+        super().__init__()
+        linear = lambda bias=True: nn.Linear(4, 4, bias=bias)  # noqa: E731
+        self.good = nn.Sequential(linear(), nn.Dropout(0.5), nn.GELU(approximate="tanh"), nn.Dropout(0.5), linear())
+        self.silu = nn.Sequential(linear(), nn.SiLU(), linear())
+        self.plain = nn.Sequential(linear(False), nn.GELU(), linear())
+        self.between = nn.Sequential(linear(), nn.GELU(), nn.LayerNorm(4), linear())
+        self.again = nn.Sequential(linear(), nn.GELU(), linear())
+        self.one, self.two = linear(), linear()
+
+    def forward(self, x):
+        x = self.between(self.plain(self.silu(self.good(x))))
+        return self.two(F.gelu(self.one(self.again(self.again(x)))))
+
+
+def test_what_is_no_mlp():
+    torch.manual_seed(0)
+    assert find_mlps(Odd().eval(), torch.randn(1, 4)) == [MLP("good.0", "good.2", "good.4")]
+
+
+def test_a_relu_is_put_there():
+    model = timm.create_model("test_vit", img_size=32).eval()
+    put_relu(model, paths=["blocks.0.mlp.act"])
+    assert isinstance(model.blocks[0].mlp.act, nn.ReLU)
+    assert isinstance(model.blocks[1].mlp.act, nn.GELU)
