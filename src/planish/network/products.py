@@ -63,28 +63,35 @@ SIGNATURES = _signatures()
 
 @dataclass
 class Call:
-    """One matrix product about to be computed: the operands by name, and how to compute it from them."""
+    """One matrix product about to be computed: the operands by name, and how to compute it from them.
+
+    ``arguments`` are what the function was called with. ``compute`` also takes a ``"bias"`` in place of a layer's own.
+    """
 
     signature: Signature
     operands: dict[str, Tensor]
-    compute: Callable[[dict[str, Tensor]], Any]
+    compute: Callable[[dict[str, Any]], Any]
     channel_axes: tuple[int | None, ...] = (-2, -1)  # where each operand has its output channels, should it be a weight
+    arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+
+_BIAS = (("bias", 2),)  # of linear and of all convolutions
 
 
 def _bind(function: Any, signature: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     def find(name: str, position: int) -> Any:
         return args[position] if position < len(args) else kwargs[name]
 
-    def compute(operands: dict[str, Tensor]) -> Any:
+    def compute(operands: dict[str, Any]) -> Any:
         positional, named = list(args), dict(kwargs)
-        for name, position in signature.operands:
+        for name, position in (*signature.operands, *_BIAS) if "bias" in operands else signature.operands:
             if position < len(positional):
                 positional[position] = operands[name]
             else:
                 named[name] = operands[name]
         return function(*positional, **named)
 
-    return Call(signature, {n: find(n, p) for n, p in signature.operands}, compute)
+    return Call(signature, {n: find(n, p) for n, p in signature.operands}, compute, arguments=(args, kwargs))
 
 
 def _bind_einsum(args: tuple[Any, ...]) -> Call | None:
@@ -107,7 +114,7 @@ def _bind_einsum(args: tuple[Any, ...]) -> Call | None:
         return torch.einsum(equation, *tensors.values())
 
     axes = tuple(_output_axis(term, kept, counts) for term in terms)
-    return Call(signature, dict(zip(names, operands, strict=True)), compute, axes)
+    return Call(signature, dict(zip(names, operands, strict=True)), compute, axes, ((equation,), {}))
 
 
 def _output_axis(term: str, kept: set[str], counts: Counter[str]) -> int | None:

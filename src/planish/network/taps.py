@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -120,6 +121,7 @@ class _OperandTaps(ProductMode):
 
 
 def _tapped_class(cls: type[nn.Module], weights: tuple[str, ...], functional: bool) -> type[nn.Module]:
+    @wraps(cls.forward)  # torch.export reads the names of the inputs from the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         taps = _taps(self)
         if "input" in taps:
