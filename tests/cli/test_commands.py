@@ -82,16 +82,16 @@ def test_an_arm_can_be_evaluated(finished, tiny, planish):
 
 def test_quantize_writes_what_evaluate_reads(tiny, planish, shared, tmp_path):
     from planish.data import load_data, make_loader
+    from planish.deploy.checkpoint import load
     from planish.evaluation import evaluate
-    from planish.ptq.files import load_quantized
 
     ended = planish("quantize", *tiny, "--scheme", "w3a3", "--calibration-images", "24")
     assert ended.status == 0, ended.err
     assert "conv2.weight  conv2d    3     channel" in ended.out
     assert "fewer than" not in ended.out
-    model, head = load_quantized(Path("quantized.safetensors"), trust=True)
-    assert head["protocol"]["calibration_images"] == 24
-    data = load_data(shared / "data", head["preprocessing"])
+    model = load(Path("quantized.safetensors"), trust=True)
+    assert model.planish_protocol["calibration_images"] == 24
+    data = load_data(shared / "data", model.planish_preprocessing)
     worth = evaluate(model, make_loader(data.test, 8, shuffle=False, seed=0))
     ended = planish("evaluate", "quantized.safetensors", *tiny[2:], "--trust")
     assert f"top1       {worth['top1']:.2%}\nnll        {worth['nll']:.4f}" in ended.out
@@ -103,15 +103,15 @@ def test_quantize_writes_what_evaluate_reads(tiny, planish, shared, tmp_path):
 
 def test_quantize_within_a_budget(tiny, planish):
     from planish.cli.quantize import _spent
-    from planish.network import ledger
+    from planish.deploy.checkpoint import load
+    from planish.network import ledger, weights_megabytes
     from planish.ptq.budget import Budget
-    from planish.ptq.files import load_quantized, weights_megabytes
 
     ended = planish("quantize", *tiny, "--scheme", "w3a4", "--budget", "0.9kB")
     assert ended.status == 0, ended.err
     assert re.search(r"assign-bits: agrees with the float network on 100\.0 %", ended.out)
-    model, head = load_quantized(Path("quantized.safetensors"), trust=True)
-    assert head["protocol"]["budget"] == "0.9kB"
+    model = load(Path("quantized.safetensors"), trust=True)
+    assert model.planish_protocol["budget"] == "0.9kB"
     size = weights_megabytes(model)
     assert 0.0007 < size <= 0.0009
     assert f"of a budget of 900 B: {1e6 * size:.4g} B, " in ended.out
@@ -124,7 +124,7 @@ def test_quantize_within_a_budget(tiny, planish):
         assert ("; over the budget" in _spent(Budget.parse(budget), model, model)) is over
     both = planish("quantize", *tiny, "--budget", "0.6Mbops", "--budget-activations", "--overwrite")
     assert both.status == 0, both.err
-    rows = ledger(load_quantized(Path("quantized.safetensors"), trust=True)[0]).rows
+    rows = ledger(load(Path("quantized.safetensors"), trust=True)).rows
     assert len({row.bits for row in rows if row.site.endswith("input")}) > 1
     assert planish("quantize", *tiny, "--budget-activations", "--overwrite").err.count("give --budget, such as") == 1
     for budget, match in (("20B", "too little"), ("plenty", "budget 'plenty' is not understood")):

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from planish.ptq.files import load_quantized
+from planish.deploy.checkpoint import load
 from planish.qat.fpq import FPQ
 
 QUICK = ["--epochs", "2", "--calibration-images", "24"]
@@ -88,7 +88,7 @@ def test_images_without_labels(tiny, planish, shared):
     assert ended.status == 0, ended.err
     plain = planish("train", *tiny, *QUICK, "--method", "cr", "--option", "ramp=0", "--out", "other.safetensors")
     assert plain.status == 0, plain.err
-    a, b = (load_quantized(Path(name), trust=True)[0] for name in ("trained.safetensors", "other.safetensors"))
+    a, b = (load(Path(name), trust=True) for name in ("trained.safetensors", "other.safetensors"))
     assert not torch.equal(a.head._parameters["weight"], b.head._parameters["weight"])
 
 
@@ -224,6 +224,6 @@ def test_it_goes_on_where_it_was_stopped(zygote, options, tmp_path):
         ended = zygote.run(tmp_path, [*command, "--out", out])
         assert ended.status == 0, ended.err
         files = (tmp_path / out, tmp_path / "whole.safetensors")
-        state, expected = (load_quantized(file, trust=True)[0].state_dict() for file in files)
+        state, expected = (load(file, trust=True).state_dict() for file in files)
         assert all(torch.equal(state[key], expected[key]) for key in expected)
         assert not (tmp_path / f"{out}.checkpoint").exists()

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import planish
+from planish.deploy.checkpoint import load, save
 from planish.errors import PlanishError
 from planish.models import Preprocessing
-from planish.network import taps_of
+from planish.network import taps_of, weights_megabytes
 from planish.network.batches import call_model, logits_of
 from planish.ptq import Calibrate, FoldBatchNorm, Round, get_method, quantize
 from planish.ptq.assign_bits import SENSITIVITIES, AssignBits, with_bits
-from planish.ptq.files import load_quantized, save_quantized, weights_megabytes
 from planish.ptq.sensitivity import kl_divergence
 from planish.ptq.widths import total_bit_operations
 from planish.scheme import Scheme
@@ -191,8 +191,8 @@ def test_back_from_a_file(kind, tmp_path):
     made = mixed(model.eval(), [images], fast("w4a4"), AssignBits("0.14x", "fisher"))
     looks = Preprocessing((1, 32, 32), (0.5,), (0.5,), crop_pct=1.0)
     recipe = {"source": "timm", "architecture": kind, "arguments": arguments}
-    save_quantized(made, tmp_path / "q.safetensors", recipe, looks, {})
-    loaded, _ = load_quantized(tmp_path / "q.safetensors")
+    save(made, tmp_path / "q.safetensors", recipe=recipe, preprocessing=looks, protocol={})
+    loaded = load(tmp_path / "q.safetensors")
     assert weights_megabytes(made) <= 0.14 * weights_megabytes(model)  # folding has added biases
     assert loaded.planish_assignment.scheme == made.planish_assignment.scheme
     assert len(loaded.planish_assignment.scheme.overrides) > 2

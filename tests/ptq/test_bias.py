@@ -5,17 +5,17 @@ import timm
 import torch
 from torch import nn
 
+from planish.deploy.checkpoint import load, save
 from planish.errors import PlanishError
 from planish.network import taps_of
 from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize
 from planish.ptq.bias import CorrectBias
-from planish.ptq.files import load_quantized, save_quantized
 from planish.ptq.outputs import KeepFloat, float_twin, layers_of, output_moments
 from planish.quantizers import fit_grid
 from planish.scheme import Scheme
+from tests.deploy.tiny import LOOKS, RECIPES
 from tests.network.zoo import build, image
 from tests.ptq.reference import on_grid
-from tests.ptq.test_files import LOOKS, RECIPES
 from tests.ptq.work import NETWORKS, network, notes, same, state, work
 
 RTN = (FoldBatchNorm(), Calibrate(), Round())
@@ -109,8 +109,8 @@ def test_saved_with_the_biases_it_made(tmp_path):
     quantized = quantize(model, [x], "w4a4", [Calibrate(), Round(), CorrectBias()])  # BatchNorm is not folded
     assert quantized.layer1[0].conv1.bias is not None
     assert model.layer1[0].conv1.bias is None
-    save_quantized(quantized, tmp_path / "q.safetensors", RECIPES["resnet"], LOOKS, {})
-    loaded, _ = load_quantized(tmp_path / "q.safetensors")
+    save(quantized, tmp_path / "q.safetensors", recipe=RECIPES["resnet"], preprocessing=LOOKS, protocol={})
+    loaded = load(tmp_path / "q.safetensors")
     with torch.no_grad():
         assert torch.equal(loaded(x), quantized(x))
     assert not any(p.requires_grad for p in quantized.parameters())

@@ -8,15 +8,15 @@ import torch
 from torch import nn
 
 import planish
+from planish.deploy.checkpoint import load, save
 from planish.errors import PlanishError
-from planish.network import taps_of, watch
+from planish.network import taps_of, watch, weights_megabytes
 from planish.network.batches import first_image
 from planish.network.rebuilding import rebuilt
 from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize
 from planish.ptq.compensation import CHILD, BlockCompensation, add_compensation, find_blocks
-from planish.ptq.files import load_quantized, save_quantized, weights_megabytes
+from tests.deploy.tiny import LOOKS, RECIPES
 from tests.network.zoo import build
-from tests.ptq.test_files import LOOKS, RECIPES
 from tests.ptq.test_gptq import Keep, wide
 from tests.ptq.test_quantize import run, same_state
 from tests.ptq.test_ridge import LAM, least_squares
@@ -156,8 +156,8 @@ def test_saved_and_loaded(name, tmp_path):
     model = timm.create_model(recipe["architecture"], **recipe["arguments"]).eval()
     images = torch.randn(4, 1, 32, 32)
     ours = quantize(model, [images], "w2a4", [*PREPARE, added()])
-    save_quantized(ours, tmp_path / "q.safetensors", recipe, LOOKS, {})
-    loaded, _ = load_quantized(tmp_path / "q.safetensors")
+    save(ours, tmp_path / "q.safetensors", recipe=recipe, preprocessing=LOOKS, protocol={})
+    loaded = load(tmp_path / "q.safetensors")
     assert torch.equal(run(loaded, images), run(ours, images))
     assert planish.ledger(loaded).shares == planish.ledger(ours).shares
     assert any(CHILD in name for name, _ in loaded.named_modules())

@@ -11,14 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 from torch.ao.quantization import _equalize as oracle
 
+from planish.deploy.checkpoint import load, save
 from planish.errors import PlanishError
 from planish.network.chains import Chain
 from planish.ptq import Calibrate, FoldBatchNorm, Round, equalize, quantize
 from planish.ptq.equalize import Equalize, equalizing_scales, input_ranges, output_ranges
-from planish.ptq.files import load_quantized, save_quantized
 from planish.scheme import Scheme
+from tests.deploy.tiny import LOOKS, RECIPES
 from tests.network.zoo import build, image
-from tests.ptq.test_files import LOOKS, RECIPES
 from tests.ptq.work import notes, same, state, work
 
 X = image(9, channels=4)
@@ -237,6 +237,6 @@ def test_saved_and_loaded(tmp_path):
     x = torch.randn(4, 1, 32, 32)
     quantized = quantize(model, [x], "w4a4", [FoldBatchNorm(), SURE, Calibrate(), Round()])
     assert not torch.equal(quantized(x), quantize(model, [x], "w4a4")(x))
-    save_quantized(quantized, tmp_path / "q.safetensors", RECIPES["resnet"], LOOKS, {})
-    loaded, _ = load_quantized(tmp_path / "q.safetensors")
+    save(quantized, tmp_path / "q.safetensors", recipe=RECIPES["resnet"], preprocessing=LOOKS, protocol={})
+    loaded = load(tmp_path / "q.safetensors")
     assert torch.equal(loaded(x), quantized(x))

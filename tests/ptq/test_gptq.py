@@ -7,17 +7,17 @@ import timm
 import torch
 from torch import nn
 
+from planish.deploy.checkpoint import load, save
 from planish.errors import PlanishError
 from planish.functional import Grid, fake_quantize
 from planish.network import taps_of
 from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize
-from planish.ptq.files import load_quantized, save_quantized
 from planish.ptq.gptq import GPTQ, gptq_round
 from planish.ptq.ridge import RidgeCorrection
 from planish.quantizers import fit_grid
 from planish.scheme import Format
+from tests.deploy.tiny import LOOKS, RECIPES
 from tests.network.zoo import build
-from tests.ptq.test_files import LOOKS, RECIPES
 from tests.ptq.test_quantize import run, same_state
 
 DAMP = 0.01
@@ -314,8 +314,8 @@ def test_saved_and_loaded(tmp_path):
     model = timm.create_model(recipe["architecture"], **recipe["arguments"]).eval()
     images = torch.randn(4, 1, 32, 32)
     ours = quantize(model, [images], "w2a4", [*PREPARE, GPTQ(ridge=RidgeCorrection())])
-    save_quantized(ours, tmp_path / "q.safetensors", recipe, LOOKS, {})
-    loaded, _ = load_quantized(tmp_path / "q.safetensors")
+    save(ours, tmp_path / "q.safetensors", recipe=recipe, preprocessing=LOOKS, protocol={})
+    loaded = load(tmp_path / "q.safetensors")
     assert torch.equal(run(loaded, images), run(ours, images))
 
 

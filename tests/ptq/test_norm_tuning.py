@@ -6,16 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from planish.deploy.checkpoint import load, save
 from planish.errors import PlanishError
 from planish.functional import quantize as codes_of
 from planish.network import taps_of
 from planish.ptq import Calibrate, FoldBatchNorm, Round, norm_tuning, quantize
 from planish.ptq.affines import norm_parameters
-from planish.ptq.files import load_quantized, save_quantized
 from planish.ptq.norm_tuning import PrepareNorms, TuneNorms
 from planish.ptq.outputs import layers_of
 from planish.ptq.tuning import Tuning
-from tests.ptq.test_files import LOOKS
+from tests.deploy.tiny import LOOKS
 from tests.ptq.work import NETWORKS, images, network, notes, same, state, work
 
 RTN = (FoldBatchNorm(), Calibrate(), Round())
@@ -185,7 +185,7 @@ def test_saved_and_loaded(tmp_path):
     quantized = quantize(copy.deepcopy(model), [x], "w3a3", steps)
     looks = type(LOOKS)((1, 16, 16), (0.5,), (0.5,), crop_pct=1.0)
     recipe = {"source": "timm", "architecture": "vit_tiny_patch16_224", "arguments": arguments}
-    save_quantized(quantized, tmp_path / "q.safetensors", recipe, looks, {})
-    loaded, _ = load_quantized(tmp_path / "q.safetensors")
+    save(quantized, tmp_path / "q.safetensors", recipe=recipe, preprocessing=looks, protocol={})
+    loaded = load(tmp_path / "q.safetensors")
     with torch.no_grad():
         assert torch.equal(loaded(x), quantized(x))

@@ -7,11 +7,11 @@ import timm
 import torch
 from torch import nn
 
+from planish.deploy.checkpoint import load, save
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from planish.network import assign, taps_of, watch
 from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize
-from planish.ptq.files import load_quantized, save_quantized
 from planish.ptq.passes import Calibration, run_logits
 from planish.ptq.repq import LEAST, Ranges, RepQ, channel_ranges, fold_into, one_range
 from planish.scheme import Format, Scheme
@@ -224,8 +224,8 @@ def test_save_and_load(options, tmp_path):
     quantized = quantize(vit(**options), [X], "w4a4", [RepQ(), FoldBatchNorm(), Calibrate(), Round()])
     recipe = {"source": "timm", "architecture": "vit_tiny_patch16_224", "arguments": {**ARGUMENTS, **options}}
     looks = Preprocessing((1, 16, 16), (0.5,), (0.5,), crop_pct=1.0)
-    save_quantized(quantized, tmp_path / "q.safetensors", recipe, looks, {"method": "repq"})
-    loaded, _ = load_quantized(tmp_path / "q.safetensors")
+    save(quantized, tmp_path / "q.safetensors", recipe=recipe, preprocessing=looks, protocol={"method": "repq"})
+    loaded = load(tmp_path / "q.safetensors")
     assert torch.equal(run_logits(loaded, [X])[0], run_logits(quantized, [X])[0])
 
 

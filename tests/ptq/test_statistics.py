@@ -7,16 +7,16 @@ import timm
 import torch
 from torch import nn
 
+from planish.deploy.checkpoint import load, save
 from planish.errors import PlanishError
 from planish.functional import quantize as codes_of
 from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize
 from planish.ptq.bias import CorrectBias
-from planish.ptq.files import load_quantized, save_quantized
 from planish.ptq.outputs import Moments, float_twin, layers_of, output_moments
 from planish.ptq.statistics import MatchStatistics, matching_affine
 from planish.scheme import Scheme
+from tests.deploy.tiny import LOOKS, RECIPES
 from tests.network.zoo import build
-from tests.ptq.test_files import LOOKS, RECIPES
 from tests.ptq.work import NETWORKS, network, notes, same, state, work
 
 RTN = (FoldBatchNorm(), Calibrate(), Round())
@@ -103,8 +103,8 @@ def test_saved_and_loaded(tmp_path):
     model = timm.create_model("test_resnet", **RECIPES["resnet"]["arguments"]).eval()
     x = torch.randn(4, 1, 32, 32)
     quantized = quantize(model, [x], "w4a4", [*RTN, MatchStatistics()])
-    save_quantized(quantized, tmp_path / "q.safetensors", RECIPES["resnet"], LOOKS, {})
-    loaded, _ = load_quantized(tmp_path / "q.safetensors")
+    save(quantized, tmp_path / "q.safetensors", recipe=RECIPES["resnet"], preprocessing=LOOKS, protocol={})
+    loaded = load(tmp_path / "q.safetensors")
     with torch.no_grad():
         assert torch.equal(loaded(x), quantized(x))
 

@@ -8,10 +8,9 @@ from itertools import pairwise
 
 import pytest
 
-from planish.network import assign, ledger, watch
+from planish.network import assign, ledger, watch, weights_megabytes
 from planish.network.batches import first_image
 from planish.ptq import Calibrate, Round, quantize
-from planish.ptq.files import weights_megabytes
 from planish.ptq.widths import (
     Widths,
     all_costs,

@@ -5,9 +5,9 @@ import timm
 import torch
 from torch import nn
 
+from planish.deploy.checkpoint import load, save
 from planish.models import Preprocessing
-from planish.network import ledger
-from planish.ptq.files import load_quantized, save_quantized, weights_megabytes
+from planish.network import ledger, weights_megabytes
 from planish.qat import METHODS, QATSettings, train_quantized
 from planish.quantizers import TrainableQuantizer
 from planish.training import Ingredient, Interrupted
@@ -41,12 +41,12 @@ def test_saved_and_loaded_it_computes_the_same(name, scheme, tmp_path):
     for recipe in (VIT, RESNET):
         trained = train_quantized(build(recipe), batches(), scheme, name, settings=SETTINGS)
         path = tmp_path / f"{recipe['architecture']}.safetensors"
-        save_quantized(trained, path, recipe, LOOKS, {"method": name})
-        loaded, head = load_quantized(path)
+        save(trained, path, recipe=recipe, preprocessing=LOOKS, protocol={"method": name})
+        loaded = load(path)
         x = torch.randn(3, 1, 16, 16)
         assert torch.isfinite(trained(x)).all()
         assert torch.equal(loaded(x), trained(x))
-        assert head["protocol"] == {"method": name}
+        assert loaded.planish_protocol == {"method": name}
         assert str(ledger(loaded)) == str(ledger(trained))
         whole = sum(p.numel() for p in trained.parameters()) * 4e-6
         assert weights_megabytes(loaded) == weights_megabytes(trained) < 0.6 * whole

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from planish.cli.options import Evaluate
 from planish.data import load_data, make_loader
+from planish.deploy.checkpoint import load, read_head
 from planish.errors import PlanishError
 from planish.evaluation import evaluate, predict
 from planish.models import EMBEDDED_MODELS, check_classes, load_model
-from planish.ptq.files import load_quantized
 from planish.recipes.check import check_models
 from planish.recipes.processes import make_console
 from planish.recipes.session import free_cores, say
@@ -33,14 +33,11 @@ def execute(command: Evaluate) -> None:
         raise PlanishError(f"give either the file {command.file} or --weights {options.weights}, not both")
     console = make_console()
     torch.set_num_threads(options.threads or free_cores())
-    quantized = load_quantized(command.file, trust=command.trust) if command.file else None
-    if quantized is not None:
-        model, head = quantized
-        name, preprocessing = str(head["protocol"].get("model", "")), head["preprocessing"]
-        say(
-            console,
-            f"{command.file}: {name} in {head['scheme']['name']} by {head['protocol'].get('method', 'unknown')}",
-        )
+    head = read_head(command.file) if command.file else None
+    if command.file and head is not None:
+        model, preprocessing, plan = load(command.file, trust=command.trust), head.preprocessing, head.assignment
+        name, method = (str(head.protocol.get(key, "unknown")) for key in ("model", "method"))
+        say(console, f"{command.file}: {name} in {f'{plan.scheme.name} by {method}' if plan else 'float'}")
     else:
         loaded = load_model(options.model, weights=command.file or options.weights, trust=True)
         model, name, preprocessing = loaded.model, "", loaded.preprocessing

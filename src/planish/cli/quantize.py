@@ -10,12 +10,12 @@ from torch import nn
 
 from planish.cli.files import check_target
 from planish.cli.options import Quantize
+from planish.deploy.checkpoint import save
 from planish.errors import PlanishError
-from planish.network import ledger
+from planish.network import ledger, weights_megabytes
 from planish.ptq import quantize
 from planish.ptq.assign_bits import AssignBits, limit_of, with_bits
 from planish.ptq.budget import Budget, say_cost
-from planish.ptq.files import save_quantized, weights_megabytes
 from planish.ptq.widths import total_bit_operations
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig
@@ -63,12 +63,8 @@ def execute(command: Quantize) -> None:
     if bits is not None:
         protocol |= {"budget": bits.budget, "budget_activations": bits.activations}
     if is_main():
-        save_quantized(model, command.out, loaded.recipe, loaded.preprocessing, protocol)
-    size = weights_megabytes(model)
-    say(
-        console,
-        f"{command.out}: {scheme} by {method}; {size:.3f} MB of weights at their bits (this file stores them in float)",
-    )
+        save(model, command.out, protocol=protocol, classes=material.data.classes)
+    say(console, f"{command.out}: {scheme} by {method}; {weights_megabytes(model):.3f} MB of weights at their bits")
     if bits is not None:
         say(console, _spent(Budget.parse(bits.budget), loaded.model, model))
 

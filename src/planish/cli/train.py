@@ -14,9 +14,10 @@ from rich.console import Console
 from planish.cli.files import check_target
 from planish.cli.options import Train
 from planish.data import load_unlabelled, make_loader
+from planish.deploy.checkpoint import save
 from planish.errors import PlanishError
 from planish.models import LoadedModel, state_hash
-from planish.ptq.files import save_quantized, weights_megabytes
+from planish.network import weights_megabytes
 from planish.qat import Method, get_method
 from planish.qat.options import changed_options, with_options
 from planish.qat.oscillation import oscillation_report
@@ -74,7 +75,7 @@ def execute(command: Train) -> None:
             protocol["seconds"] = round(seconds, 1)
         oscillation = _oscillation(training, trained)
         if is_main():
-            save_quantized(trained, command.out, material.loaded.recipe, material.loaded.preprocessing, protocol)
+            save(trained, command.out, protocol=protocol, classes=material.data.classes)
             whole = {"protocol": protocol, "environment": environment(), "oscillation": oscillation}
             write_text(card, json.dumps(whole, indent=2, default=str))
     kept.drop()

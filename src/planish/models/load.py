@@ -64,6 +64,8 @@ def load_model(
         preprocessing = timm_preprocessing(model)
     if state is not None:
         fit_weights(model, state, name=name, source=str(weights))
+    # copies keep attributes, so planish.save finds them in whatever is made of the model
+    model.planish_recipe, model.planish_preprocessing = recipe, preprocessing  # type: ignore[assignment]
     return LoadedModel(model.eval(), name, preprocessing, state_hash(model), recipe)
 
 

@@ -7,7 +7,7 @@ import errno
 import hashlib
 import os
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -139,12 +139,24 @@ def save_weights(
             tensor = tensor.clone()
         seen.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
+    write_whole(path, save(tensors, dict(metadata) if metadata else None))
+
+
+def write_whole(path: Path, content: bytes, check: Callable[[Path], None] | None = None) -> None:
+    """Write a file under a temporary name, which is moved into place when it is complete and ``check`` has passed.
+
+    Raises:
+        PlanishError: when the file cannot be written (full disk, missing folder, no permission); what was at ``path``
+            is then still there.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(save(tensors, dict(metadata) if metadata else None))
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
+        if check is not None:
+            check(temporary)
         os.replace(temporary, path)
     except OSError as error:
         why = "the disk is full: free some space" if error.errno == errno.ENOSPC else error.strerror or str(error)

@@ -1,5 +1,6 @@
 """Sites and taps on any model: where tensors enter matrix products, and what is done to them there."""
 
+from planish.network.compensated import add_compensation
 from planish.network.coverage import Assignment, assign, check_covered
 from planish.network.folding import fold_batchnorm
 from planish.network.ledger import Ledger, ledger
@@ -7,6 +8,7 @@ from planish.network.norms import reestimate_batchnorm
 from planish.network.query_key import reparameterize_query_key
 from planish.network.residual import find_stream, rotate_stream
 from planish.network.sites import Product, Site, Watched, watch
+from planish.network.size import weights_megabytes
 from planish.network.taps import attach, detach, taps_of
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "Product",
     "Site",
     "Watched",
+    "add_compensation",
     "assign",
     "attach",
     "check_covered",
@@ -27,4 +30,5 @@ __all__ = [
     "rotate_stream",
     "taps_of",
     "watch",
+    "weights_megabytes",
 ]

@@ -21,44 +21,12 @@ from torch import Tensor, nn
 from planish.errors import PlanishError
 from planish.network import Product, attach, detach, taps_of
 from planish.network.batches import call_model, first_image
+from planish.network.compensated import CHILD, add_compensation
 from planish.network.modes import evaluating
-from planish.network.rebuilding import rebuilder
 from planish.ptq.layers import LayerCall
 from planish.ptq.lockstep import Halt, run_in_lockstep
 from planish.ptq.passes import Calibration
 from planish.ptq.ridge import moments, solve_ridge
-
-CHILD = "planish_compensation"
-
-
-def _compensated_class(cls: type[nn.Module]) -> type[nn.Module]:
-    def forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        added = self._modules[CHILD](x)  # first: the block may change x in place
-        return cls.forward(self, x, *args, **kwargs) + added
-
-    return type(cls.__name__, (cls,), {"forward": forward, "__module__": cls.__module__})
-
-
-@rebuilder("block-compensation")
-def add_compensation(model: nn.Module, blocks: Sequence[Sequence[Any]]) -> list[str]:
-    """Put a linear map, zero as yet, beside blocks of ``model``, in place; returns their paths.
-
-    The block's class is exchanged for a subclass, so that all parameters keep their names.
-
-    Args:
-        blocks: for each block its path, its channels, and whether they are on dimension 1 (a 1 x 1 convolution) or on
-            the last one (a linear layer).
-    """
-    for path, channels, convolution in blocks:
-        block = model.get_submodule(path)
-        like = next(p for p in block.parameters() if p.is_floating_point())
-        kind: Any = nn.Conv2d(channels, channels, 1) if convolution else nn.Linear(channels, channels)
-        added = kind.to(like).requires_grad_(False)
-        for parameter in added.parameters():
-            parameter.zero_()
-        block.add_module(CHILD, added)
-        block.__class__ = _compensated_class(type(block))
-    return [path for path, *_ in blocks]
 
 
 @dataclass

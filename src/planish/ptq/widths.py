@@ -120,7 +120,7 @@ def all_costs(
 
     Args:
         kind: "bops", bit operations for one image, or "bytes": then the costs are in bits, and their sum is the size
-            that :func:`planish.ptq.files.weights_megabytes` will find.
+            that :func:`planish.network.weights_megabytes` will find.
     """
     bits = planned_bits(plan)
     if kind == "bops":

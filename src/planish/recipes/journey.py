@@ -15,13 +15,13 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from planish.deploy.checkpoint import save as save_checkpoint
 from planish.errors import PlanishError
 from planish.evaluation import evaluate, predict
 from planish.flattening import FlattenSettings
 from planish.models import fit_weights, read_weights, save_weights
-from planish.network import ledger
+from planish.network import ledger, weights_megabytes
 from planish.ptq import quantize
-from planish.ptq.files import save_quantized, weights_megabytes
 from planish.recipes.arms import ARMS, arm_settings
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig, flat_dict
@@ -228,8 +228,8 @@ class _Journey:
         return worth["top1"]
 
     def _save(self, model: nn.Module, name: str, key: dict[str, Any]) -> None:
-        loaded = self.material.loaded
-        save_quantized(model, self.folder.path(name), loaded.recipe, loaded.preprocessing, {**self.protocol(), **key})
+        classes = self.material.data.classes
+        save_checkpoint(model, self.folder.path(name), protocol={**self.protocol(), **key}, classes=classes)
 
     def protocol(self) -> dict[str, Any]:
         """All that the numbers depend on."""

@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from planish.data import set_epoch
+from planish.deploy.checkpoint import load, read_head
+from planish.deploy.origin import plain_recipe
 from planish.errors import PlanishError
 from planish.evaluation import evaluate
 from planish.models import LoadedModel, read_weights, save_weights
 from planish.network.batches import split_batch
 from planish.ptq import quantize
-from planish.ptq.files import load_quantized, read_head
 from planish.qat import Method, QATSettings, train_quantized
 from planish.qat.oscillation import OscillationTracker
 from planish.recipes.arms import arm_settings
@@ -54,9 +55,12 @@ def check_start(start: str) -> None:
         raise PlanishError(
             f"start is {start!r}: give {' or '.join(STARTS)}, or a file that planish quantize or planish train wrote"
         )
-    if read_head(Path(start)) is None:
+    head = read_head(Path(start))
+    if head is None:
         keys = len(read_weights(start)[0])
         raise PlanishError(f"{start} holds plain weights ({keys} tensors), no quantized model: give it as --weights")
+    if head.assignment is None:
+        raise PlanishError(f"{start} holds a network in float: give one that planish quantize or planish train wrote")
 
 
 def read_start(start: str, given: LoadedModel) -> nn.Module | None:
@@ -71,14 +75,12 @@ def read_start(start: str, given: LoadedModel) -> nn.Module | None:
         return None
     head = read_head(Path(start))
     assert head is not None
-    if head["recipe"] != given.recipe:
+    if head.recipe != plain_recipe(given.recipe):
         raise PlanishError(
-            f"{start} is a quantized {_architecture(head['recipe'])}, the given network is a "
+            f"{start} is a quantized {_architecture(head.recipe)}, the given network is a "
             f"{_architecture(given.recipe)}: give the model that the file was made from"
         )
-    loaded = load_quantized(Path(start), trust=True)
-    assert loaded is not None
-    return loaded[0]
+    return load(Path(start), trust=True)
 
 
 def _architecture(recipe: dict[str, Any]) -> str:
