@@ -18,7 +18,10 @@ _OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or fewer --calibrat
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns (and, as a console script, exits with) 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run a command; returns (and, as a console script, exits with) 0, 2 for bad input, 130 after Ctrl-C.
+
+    A command that went on after failures (classify, past unreadable images) ends with 1.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments == ["--version"]:
         from planish import __version__
@@ -31,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for number in _SIGNALS:  # only where entry() has set them
             if signal.getsignal(number) is _leave:
                 signal.signal(number, _interrupt)
-        module.execute(command)
+        status = module.execute(command) or 0
         sys.stdout.flush()
     except PlanishError as error:
         return _fail(_as_options(str(error)))
@@ -48,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not re.search(r"out of memory|can't allocate memory", str(error), re.IGNORECASE):
             raise
         return _fail(_OUT_OF_MEMORY)
-    return 0
+    return status
 
 
 def _parse(arguments: list[str]) -> Any:
@@ -58,7 +61,7 @@ def _parse(arguments: list[str]) -> Any:
 
     commands: dict[str, Any] = {
         "run": options.Run, "flatten": options.Flatten, "quantize": options.Quantize, "train": options.Train,
-        "evaluate": options.Evaluate, "methods": options.Methods,
+        "evaluate": options.Evaluate, "classify": options.Classify, "demo": options.Demo, "methods": options.Methods,
     }  # fmt: skip
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     command = tyro.extras.subcommand_cli_from_dict(

@@ -109,6 +109,36 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Classify:
+    """Name what images show, with an exported model, in ONNX Runtime alone."""
+
+    model: Positional[Annotated[Path, arg(metavar="MODEL.onnx")]]
+    """a file that planish exported"""
+    images: Positional[Annotated[tuple[Path, ...], arg(metavar="IMAGE [IMAGE ...]", help_behavior_hint="")]] = ()
+    """image files, or folders of which all images are taken"""
+    top: int = 3
+    """labels for each image, the most probable first"""
+    json: bool = False
+    """print one JSON object a line"""
+    threads: int = 1
+    """CPU threads"""
+
+
+@dataclass(frozen=True)
+class Demo:
+    """Serve a page on this machine alone, where one drops a picture and sees what the model says."""
+
+    model: Positional[Annotated[Path, arg(metavar="MODEL.onnx")]]
+    """a file that planish exported"""
+    against: OptionalPath = None
+    """another exported file of the same classes, such as the float model, whose answers are shown beside"""
+    port: int = 8000
+    """where the page is served on 127.0.0.1; 0: any that is free"""
+    threads: int = 1
+    """CPU threads"""
+
+
+@dataclass(frozen=True)
 class Methods:
     """List every method with its paper, or the options of one method."""
 

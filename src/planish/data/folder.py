@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from planish.data.decode import EXTENSIONS, decode, find_unreadable
+from planish.data.decode import find_unreadable
 from planish.data.randomness import draw
 from planish.errors import PlanishError
+from planish.images import EXTENSIONS, decode, list_images
 from planish.models.preprocessing import Preprocessing
 
 MAX_BAD = 100
@@ -109,19 +109,6 @@ def list_classes(root: Path) -> Listing:
         listing.files[folder.name], other = list_images(folder)
         listing.other += other
     return listing
-
-
-def list_images(folder: Path) -> tuple[list[Path], int]:
-    """The image files below a folder, sorted by name, hidden ones left out; and how many other files there are."""
-    found, other = [], 0
-    for parent, folders, names in os.walk(folder):
-        folders.sort()
-        for name in sorted(n for n in names if not n.startswith(".")):
-            if Path(name).suffix.lower() in EXTENSIONS:
-                found.append(Path(parent, name))
-            else:
-                other += 1
-    return found, other
 
 
 def find_splits(root: Path) -> tuple[Listing, Listing | None]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from planish.data.folder import FolderImages, Listing, drop_unreadable, list_images
+from planish.data.folder import FolderImages, Listing, drop_unreadable
 from planish.errors import PlanishError
+from planish.images import list_images
 from planish.models.preprocessing import Preprocessing
 
 

@@ -1,63 +1,12 @@
-"""What a model expects of its input images."""
+"""What a timm model expects of its input images."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from typing import Any
 
-from planish.errors import PlanishError
+from planish.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, preprocessing_from
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How an image becomes a model's input: resize to ``size / crop_pct``, crop the centre, normalize.
-
-    ``input_size`` is (channels, height, width) with 1 channel (grey) or 3 (RGB); ``mean`` and ``std`` have one value a
-    channel, for pixels in [0, 1]; ``interpolation`` and ``crop_mode`` are timm's names. The defaults are ImageNet's.
-    """
-
-    input_size: tuple[int, int, int] = (3, 224, 224)
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    interpolation: str = "bicubic"
-    crop_pct: float = 0.875
-    crop_mode: str = "center"
-
-    def __post_init__(self) -> None:
-        channels = self.input_size[0] if len(self.input_size) == 3 else None
-        if channels not in (1, 3) or min(self.input_size) < 1:
-            raise PlanishError(
-                f"preprocessing: input_size is {self.input_size}, "
-                "expected (channels, height, width) with 1 or 3 channels"
-            )
-        if len(self.mean) != channels or len(self.std) != channels or min(self.std) <= 0:
-            raise PlanishError(
-                f"preprocessing: {channels} channels need as many values of mean and of std (above 0), "
-                f"got mean {self.mean} and std {self.std}"
-            )
-        if not 0 < self.crop_pct <= 1:
-            raise PlanishError(f"preprocessing: crop_pct is {self.crop_pct}, expected a fraction in (0, 1]")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file's metadata; :func:`preprocessing_from` reads them back."""
-        return asdict(self)
-
-
-def preprocessing_from(values: Mapping[str, Any]) -> Preprocessing:
-    """Preprocessing from a mapping with any of its field names; lists become tuples, what is absent is the default.
-
-    Raises:
-        PlanishError: for an unknown name or values that do not fit each other.
-    """
-    known = set(Preprocessing.__dataclass_fields__)
-    if unknown := sorted(set(values) - known):
-        raise PlanishError(f"preprocessing: unknown entry {unknown[0]!r}, expected some of {', '.join(sorted(known))}")
-    fields: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items()}
-    return Preprocessing(**fields)
+__all__ = ["IMAGENET_MEAN", "IMAGENET_STD", "Preprocessing", "preprocessing_from", "timm_preprocessing"]
 
 
 def timm_preprocessing(model: Any) -> Preprocessing:
