@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from planish.deploy.edit import Editor, attribute, constant, only_user
-from planish.deploy.graph import NODE
-from planish.deploy.grids import read_grid
-
+from planish.deploy.onnx.edit import Editor, attribute, constant, only_user
+from planish.deploy.onnx.graph import NODE
+from planish.deploy.onnx.grids import read_grid
 
 # nodes that put numbers elsewhere and change none
 MOVES = ("Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
@@ -41,6 +40,7 @@ def drop_identity_norms(graph: ir.Graph) -> None:
         scale, bias, mean, var = (np.asarray(value, dtype=np.float64) for value in values)
         factor = scale / np.sqrt(var + attribute(node, "epsilon", 1e-5))
         if np.allclose(factor, 1, rtol=0, atol=1e-6) and np.allclose(bias - mean * factor, 0, rtol=0, atol=1e-12):
+            assert node.inputs[0] is not None
             editor.replace(node.outputs[0], node.inputs[0])
             editor.remove(node)
 
@@ -53,7 +53,9 @@ def spell_out_gemm(graph: ir.Graph) -> None:
             continue
         name, (a, b, *rest) = node.name or "gemm", node.inputs
         if attribute(node, "transB", 0):
-            b = editor.node(node, "Transpose", [b], name=f"{name}.weight", dtype=ir.DataType.FLOAT, perm=[1, 0])
+            b = editor.node(
+                node, "Transpose", [b], name=f"{name}.weight", dtype=ir.DataType.FLOAT, attributes={"perm": [1, 0]}
+            )
         out = editor.node(node, "MatMul", [a, b], name=name, like=node.outputs[0])
         if rest and rest[0] is not None:
             out = editor.node(node, "Add", [out, rest[0]], name=f"{name}.bias", like=node.outputs[0])

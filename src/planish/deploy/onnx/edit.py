@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -53,10 +54,10 @@ class Editor:
 
     def node(
         self, before: ir.Node, op_type: str, inputs: list[Any], *, name: str, like: Any = None, dtype: Any = None,
-        domain: str = "", **attributes: Any,
+        attributes: Mapping[str, Any] | None = None,
     ) -> ir.Value:  # fmt: skip
         """Insert a node in front of another one; its output, with the shape of ``like`` and the type ``dtype``."""
-        made = ir.node(op_type, inputs, attributes, domain=domain, name=self.name(name))
+        made = ir.node(op_type, inputs, attributes or {}, name=self.name(name))
         out = made.outputs[0]
         out.name = self.name(f"{made.name}.out")
         if like is not None:

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from planish.deploy.card import INPUT, OUTPUT
 from planish.deploy.operators import fake_quantize, visible_quantizers
 from planish.errors import PlanishError
 from planish.network.modes import evaluating
 
 DOMAIN, NODE = "planish", "FakeQuantize"
-INPUT, OUTPUT = "images", "logits"
 OPSET = 21  # the first with 4-bit tensors
 
 

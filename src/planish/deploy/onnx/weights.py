@@ -8,8 +8,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from planish.deploy.edit import Editor
-from planish.deploy.grids import NodeGrid
+from planish.deploy.onnx.edit import Editor
+from planish.deploy.onnx.grids import NodeGrid
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,15 @@ class WeightCodes:
     def factor(self, span: int) -> int:
         """The largest power of two that the codes can be multiplied with.
 
-        They have to stay in a signed byte, and a sum of two products with inputs in [0, span] in 16 signed bits: kernels
-        for processors without dot-product instructions add in pairs and saturate.
+        They have to stay in a signed byte, and a sum of two products with inputs in [0, span] in 16 signed bits:
+        kernels for processors without dot-product instructions add in pairs and saturate.
         """
-        largest, factor = int(np.abs(self.codes).max(initial=1)), 1
-        while 2 * factor * int(self.codes.max(initial=0)) <= 127 and 2 * factor * int(-self.codes.min(initial=0)) <= 128:
-            if 2 * 2 * factor * largest * span > 32767:
-                break
+        high, low = int(self.codes.max(initial=0)), int(-self.codes.min(initial=0))
+        factor = 1
+        while (2 * factor * high <= 127 and 2 * factor * low <= 128) and 4 * factor * max(high, low) * span <= 32767:
             factor *= 2
+            if factor > 128:  # a weight of zeros
+                return 1
         return factor
 
     def with_scale(self, scale: np.ndarray, factor: int) -> WeightCodes:
@@ -82,34 +83,27 @@ class WeightCodes:
 
 def weight_values(
     editor: Editor, before: ir.Node, weight: WeightCodes, layout: str, *, unsigned: bool
-) -> tuple[ir.Value, int]:
-    """Eight-bit integers in the graph (``unsigned``: shifted up by 128), and the bytes that the file holds.
+) -> tuple[ir.Value, int, bool]:
+    """Bytes in the graph (``unsigned``: shifted up by 128), the size in the file, and whether it is stored narrow.
 
     With the layout "fast" they are stored so. With "small" they are stored at their true width (INT2, INT4; 3 bits in
     INT4) and a Cast, which runtimes fold when they load the file, widens them.
     """
-    wide = weight.codes + (128 if unsigned else 0)
-    kind, dtype = (np.uint8, ir.DataType.UINT8) if unsigned else (np.int8, ir.DataType.INT8)
+    wide, shift = (ir.DataType.UINT8, 128) if unsigned else (ir.DataType.INT8, 0)
     if layout == "fast" or weight.bits > 4:
-        value = editor.constant(wide.astype(kind), f"{weight.site}.codes")
-        return value, wide.size
+        array = (weight.codes + shift).astype(np.uint8 if unsigned else np.int8)
+        return editor.constant(array, f"{weight.site}.codes"), array.size, False
     narrow = ml_dtypes.int2 if weight.bits == 2 else ml_dtypes.int4
     value = editor.constant(weight.stored.astype(narrow), f"{weight.site}.codes")
-    multiplier, addend = weight.multiplier, weight.addend + (128 if unsigned else 0)
-    shape = ir.Shape(weight.stored.shape)
-
-    def step(op: str, value: ir.Value, name: str, kind: ir.DataType, **extra: object) -> ir.Value:
-        out = editor.node(before, op, [value, *extra.pop("others", [])], name=f"{weight.site}.{name}", dtype=kind, **extra)  # type: ignore[misc]
-        out.shape = shape
-        return out
-
-    if multiplier == 1 and addend == 0:
-        value = step("Cast", value, "widened", dtype, to=dtype)
-    else:
-        value = step("Cast", value, "widened", ir.DataType.INT32, to=ir.DataType.INT32)
-        if multiplier != 1:
-            value = step("Mul", value, "times", ir.DataType.INT32, others=[editor.constant(np.int32(multiplier), "times")])
-        if addend:
-            value = step("Add", value, "plus", ir.DataType.INT32, others=[editor.constant(np.int32(addend), "plus")])
-        value = step("Cast", value, "bytes", dtype, to=dtype)
-    return value, -(-weight.stored.size * (2 if weight.bits == 2 else 4) // 8)
+    shape = value
+    steps = [("Mul", weight.multiplier, 1), ("Add", weight.addend + shift, 0)]
+    kinds = [wide] if all(number == idle for _, number, idle in steps) else [ir.DataType.INT32, wide]
+    for kind in kinds:
+        name = f"{weight.site}.{kind.name.lower()}"
+        value = editor.node(before, "Cast", [value], name=name, like=shape, dtype=kind, attributes={"to": kind})
+        for op, number, idle in steps if kind == ir.DataType.INT32 else ():
+            if number != idle:
+                inputs = [value, editor.constant(np.array(number, np.int32), op.lower())]
+                name = f"{weight.site}.{op.lower()}"
+                value = editor.node(before, op, inputs, name=name, like=shape, dtype=kind)
+    return value, -(-weight.stored.size * (2 if weight.bits == 2 else 4) // 8), True

@@ -7,16 +7,17 @@ network run on bytes, too. They are a change of the network, small and measured:
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
-from planish.deploy.edit import Editor, constant, only_user
-from planish.deploy.graph import DOMAIN, INPUT, NODE
-from planish.deploy.grids import read_grid
+from planish.deploy.card import INPUT
+from planish.deploy.onnx.edit import Editor, constant, only_user
+from planish.deploy.onnx.graph import DOMAIN, NODE
+from planish.deploy.onnx.grids import read_grid
+from planish.deploy.onnx.runtime import open_session
 
 ACTIVATIONS = ("Relu", "Clip")
 OWN = "planish_output"  # attribute of the quantizers that are made here
@@ -54,6 +55,7 @@ def _quantized(value: ir.Value) -> bool:
 
 def _residual(node: ir.Node, found: list[ir.Value]) -> bool:
     """A sum of which one addend has a grid and the other one comes from such a tensor by pooling alone."""
+
     def known(value: ir.Value | None) -> bool:
         while value is not None and value not in found:
             producer = value.producer()
@@ -67,19 +69,15 @@ def _residual(node: ir.Node, found: list[ir.Value]) -> bool:
 
 def ranges(model: Any, values: list[ir.Value], images: Iterable[np.ndarray]) -> list[tuple[float, float]]:
     """Smallest and largest number of each tensor over the images, zero included, in float with all quantizers on."""
-    import onnxruntime
-
-    from planish.deploy.lower import Lowering
+    from planish.deploy.onnx.lower import Lowering
 
     names = [value.name for value in values]
-    probe = copy.deepcopy(model) if not hasattr(model, "clone") else model.clone()
+    probe = model.clone()
     by_name = {value.name: value for node in probe.graph for value in node.outputs}
     probe.graph.outputs.extend(by_name[name] for name in names)
     Lowering(probe.graph, in_float=True).run()
     probe.opset_imports.pop(DOMAIN, None)
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(ir.to_proto(probe).SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = open_session(ir.to_proto(probe).SerializeToString())
     ends: list[tuple[float, float]] = [(0.0, 0.0)] * len(values)
     for batch in images:
         got = session.run(names, {INPUT: batch})
@@ -100,8 +98,10 @@ def add_output_grids(model: Any, images: Iterable[np.ndarray], bits: int = 8) ->
         scale = np.float32((high - low) / (2**bits - 1) or 1.0)  # a tensor of zeros has any grid
         zero = np.float32(np.rint(-low / scale))
         inputs = [value, editor.constant(scale, "output.scale"), editor.constant(zero, "output.zero_point")]
-        attributes = {"qmin": 0, "qmax": 2**bits - 1, "offset": 0.0, "granularity": "tensor", "axis": -1, "group_size": 0,
-                      "site": f"{value.name}.output", OWN: 1}  # fmt: skip
+        attributes = {
+            "qmin": 0, "qmax": 2**bits - 1, "offset": 0.0, "granularity": "tensor", "axis": -1, "group_size": 0,
+            "site": f"{value.name}.output", OWN: 1,
+        }  # fmt: skip
         node = ir.node(NODE, inputs, attributes, domain=DOMAIN, name=editor.name(f"{value.name}.output"))
         out = node.outputs[0]
         out.name, out.shape, out.type = editor.name(f"{value.name}.on_grid"), value.shape, value.type

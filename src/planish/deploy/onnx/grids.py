@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from planish.deploy.edit import attribute, constant
+from planish.deploy.onnx.edit import attribute, constant
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,18 @@ class NodeGrid:
             steps = steps - np.float32(self.offset)
         return np.clip(np.rint(steps) + self.zero_point, self.low, self.high)
 
+    def values(self, x: np.ndarray) -> np.ndarray:
+        """The nearest grid values of ``x``, float32."""
+        steps = self.codes(x) - self.zero_point + np.float32(self.offset)
+        return np.asarray(steps * self.scale, dtype=np.float32)
+
     def limited(self, low: float | None, high: float | None) -> NodeGrid:
         """The grid behind a clip to [low, high] (a per-tensor grid)."""
         grid = self
         if low is not None:
-            grid = replace(grid, low=max(grid.low, int(grid.codes(np.float32(low)).item())))
+            grid = replace(grid, low=max(grid.low, int(grid.codes(np.array(low, np.float32)).item())))
         if high is not None:
-            grid = replace(grid, high=min(grid.high, int(grid.codes(np.float32(high)).item())))
+            grid = replace(grid, high=min(grid.high, int(grid.codes(np.array(high, np.float32)).item())))
         return grid
 
     def write(self, node: ir.Node) -> None:
