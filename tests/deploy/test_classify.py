@@ -107,13 +107,14 @@ def test_symbolic_sides_follow_the_card(tmp_path):
     assert Classifier(path).classify([Image.new("L", (20, 9), 255)])[0].labels[0] == "light"
 
 
-def test_a_model_that_fails_on_its_input(tmp_path):
+def test_a_model_that_fails_on_its_input(tmp_path, capfd):
     graph = tiny_model(tiny_card(), shape=["n", "c", "h", "w"])
     graph.graph.initializer[0].CopyFrom(onnx.numpy_helper.from_array(np.zeros((60, 3), np.float32), "weight"))
     onnx.save(graph, tmp_path / "m.onnx")
     with pytest.raises(PlanishError, match="the model fails") as caught:
         Classifier(tmp_path / "m.onnx").classify([Image.new("L", (8, 8))])
     assert "\n" not in str(caught.value)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_images_that_cannot_be_used_are_named(model, tmp_path, monkeypatch):

@@ -90,7 +90,7 @@ class Classifier:
         if isinstance(image, Image.Image):
             return to_input(image.convert(mode), preprocessing)
         source = Path(image) if isinstance(image, str) else image
-        what = str(source) if isinstance(source, Path) else "the image"
+        what = str(source) if isinstance(source, Path) else "the file"
         if isinstance(source, Path) and not source.is_file():
             raise PlanishError(f"{what} {'is no file' if source.exists() else 'does not exist'}")
         try:
