@@ -72,6 +72,7 @@ class Lowering:
         if not self.in_float:
             for node in [node for node in self.graph if node.op_type in PRODUCTS]:
                 self._product(node)
+        self.editor.sweep()
         for node in quantizers(self.graph):  # those that feed no integer product
             grid = read_grid(node)
             if not self.in_float and usable(grid) and constant(node.inputs[0]) is None:
