@@ -12,8 +12,8 @@ import planish
 
 NAMES = [
     "FlattenSettings", "Format", "PlanishError", "Preprocessing", "QATSettings", "Scheme", "TrainingSettings",
-    "__version__", "calibration_subset", "evaluate", "flatten", "ledger", "load_data", "load_model", "make_loader",
-    "quantize", "train",
+    "__version__", "calibration_subset", "evaluate", "export", "flatten", "ledger", "load", "load_data", "load_model",
+    "make_loader", "quantize", "save", "train",
 ]  # fmt: skip
 
 

@@ -109,6 +109,36 @@ class Evaluate:
 
 
 @dataclass(frozen=True)
+class Export:
+    """Write a quantized network as an ONNX file for stock ONNX Runtime, check it, and time it."""
+
+    file: Positional[Annotated[Path, arg(metavar="FILE")]]
+    """what planish quantize, train, flatten or run wrote"""
+    out: Path = Path("model.onnx")
+    """the ONNX file"""
+    overwrite: bool = False
+    """replace the file if it is there"""
+    layout: str = "small"
+    """small: weights at 2 or 4 bits, widened when the file is loaded; fast: as bytes, which load sooner"""
+    output_bits: Annotated[int | None, arg(metavar="8", help_behavior_hint="")] = None
+    """8: give outputs of convolutions that would stay in float a grid of 8 bits; faster, and it changes the network"""
+    data: OptionalPath = None
+    """images to check and calibrate on, as for planish quantize (default: the embedded ones)"""
+    images: int = 2000
+    """test images on which the file is compared with the network"""
+    calibration_images: int = 512
+    """training images for --output-bits, and for ONNX Runtime's own quantization beside it"""
+    timing: bool = True
+    """time it beside the float file and ONNX Runtime's own 8-bit quantization of it"""
+    threads: int = 1
+    """CPU threads of the timing"""
+    seed: int = 0
+    """which training images calibrate"""
+    trust: bool = False
+    """run the Python file that the network's file names as its architecture"""
+
+
+@dataclass(frozen=True)
 class Classify:
     """Name what images show, with an exported model, in ONNX Runtime alone."""
 

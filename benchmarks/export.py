@@ -1,0 +1,145 @@
+"""Exported files: do they say what PyTorch says, how large are they, and how fast beside fp32 and ONNX Runtime's int8.
+
+    python benchmarks/export.py agreement --out benchmarks/export_agreement.csv   # embedded networks, real ones
+    python benchmarks/export.py latency --out benchmarks/export_latency.csv       # four networks at 224 px
+
+Agreement: 2,000 test images on the embedded networks; on the real ones (weights: see ``benchmarks/ptq.py``) all 500
+photographs. Ranges come from the first calibration batch. Latency: one thread, median, files take turns in one
+process; leave the machine alone meanwhile. The weights are random there, which changes no time; sizes are the files'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import timm
+import torch
+from ptq import NETWORKS
+from torch import nn
+
+from planish.deploy.onnx.export import export
+from planish.deploy.onnx.runtime import milliseconds, quantize_static
+from planish.models import Preprocessing
+from planish.network import detach
+from planish.ptq import quantize
+
+SCHEMES = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4")
+TIMED = ("resnet18", "efficientnet_lite0", "vit_small_patch16_224", "vit_tiny_patch16_224")
+
+
+def agreement(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Every network and scheme, exact and, for convolutional networks, with 8-bit outputs."""
+    for name in args.networks or ["convnet", "vit"]:
+        material = NETWORKS[name](name, 0, args.shared)
+        calibration = material.calibration[:1]
+        shape = tuple(calibration[0].shape[1:])
+        looks = Preprocessing(shape, (0.5,) * shape[0], (0.5,) * shape[0])
+        images = [batch[0] for batch in material.test]
+        if "-" in name:  # both halves of the photographs
+            images = [*material.calibration, *images]
+        for scheme in args.schemes:
+            model = quantize(material.model, calibration, scheme)
+            for bits in (None, 8):
+                with tempfile.TemporaryDirectory() as folder:
+                    done = export(
+                        model, Path(folder) / "m.onnx", images=images, output_bits=bits,
+                        calibration=calibration, preprocessing=looks,
+                    )  # fmt: skip
+                if bits and not done.output_grids:
+                    continue
+                yield {
+                    "network": name, "scheme": scheme, "output_bits": bits or "", "images": done.agreement.images,
+                    "differing": len(done.agreement.differing), "beyond_1e-3": len(done.agreement.beyond_ties),
+                    "margins": " ".join(f"{margin:.4f}" for _, margin in done.agreement.differing),
+                    "largest_difference": f"{done.agreement.largest:.3g}", "bytes": done.bytes,
+                    "integer_products": sum(not f.why for f in done.forms), "float_products": len(done.in_float),
+                    "onnxruntime": onnxruntime.__version__, "torch": torch.__version__,
+                }  # fmt: skip
+
+
+def network(name: str, images: torch.Tensor) -> nn.Module:
+    """A network with random weights whose norms have seen the images, and no branch that is zero."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, pretrained=False).train()
+    for parameter in model.parameters():
+        if parameter.dim() == 1 and not parameter.any():
+            nn.init.normal_(parameter, 0.2, 0.3)
+    with torch.no_grad():
+        model(images)
+    return model.eval()
+
+
+def latency(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Milliseconds at batch 1 and 16, and bytes."""
+    images = torch.randn(8, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    looks = Preprocessing()
+    for name in args.networks or TIMED:
+        given = network(name, images)
+        with tempfile.TemporaryDirectory() as place:
+            folder = Path(place)
+            files = {"fp32": folder / "fp32.onnx", "onnxruntime int8": folder / "int8.onnx"}
+            export(given, files["fp32"], preprocessing=looks)
+            quantize_static(files["fp32"], files["onnxruntime int8"], [images[:4]])
+            for scheme in args.schemes:
+                model = quantize(given, [images[:4]], scheme)
+                for bits in (None, 8):
+                    done = export(
+                        model, folder / f"{scheme}{bits}.onnx", images=[images[:2]], output_bits=bits,
+                        calibration=[images[:4]], preprocessing=looks,
+                    )  # fmt: skip
+                    if bits is None or done.output_grids:
+                        files[f"{scheme}{', outputs at 8 bits' if bits else ''}"] = done.path
+                detach(model)
+            for batch in args.batches:
+                taken = milliseconds(files, looks.input_size, batch, repeats=args.repeats)
+                for label, path in files.items():
+                    yield {
+                        "network": name, "file": label, "batch": batch, "ms": f"{taken[label]:.2f}",
+                        "of_fp32": f"{taken[label] / taken['fp32']:.3f}", "bytes": path.stat().st_size,
+                        "size_of_fp32": f"{path.stat().st_size / files['fp32'].stat().st_size:.4f}", "threads": 1,
+                        "repeats": args.repeats, "processor": processor(), "onnxruntime": onnxruntime.__version__,
+                    }  # fmt: skip
+
+
+def processor() -> str:
+    """What of the processor decides on integer kernels."""
+    flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    found = [flag for flag in ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8") if f" {flag}" in flags]
+    return "x86-64 " + " ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["agreement", "latency"])
+    parser.add_argument("--networks", nargs="+")
+    parser.add_argument("--schemes", nargs="+")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1])
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--shared", type=Path, default=Path("../shared/data"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    args.schemes = args.schemes or (SCHEMES if args.what == "agreement" else ("w4a4", "w2a4"))
+    torch.set_num_threads(1)
+    rows = (agreement if args.what == "agreement" else latency)(args)
+    fresh = not args.out.exists()
+    with args.out.open("a", newline="") as file:
+        writer = None
+        for row in rows:
+            if writer is None:
+                writer = csv.DictWriter(file, row)
+                if fresh:
+                    writer.writeheader()
+            writer.writerow(row)
+            file.flush()
+            print(row, flush=True)
+
+
+if __name__ == "__main__":
+    main()

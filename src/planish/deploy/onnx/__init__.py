@@ -1,0 +1,1 @@
+"""A quantized model as an ONNX file. Importing this package imports nothing."""

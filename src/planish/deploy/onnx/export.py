@@ -1,0 +1,191 @@
+"""``planish.export``: a model as an ONNX file with small weights and integer kernels, checked against the model."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from planish import __version__
+from planish.deploy.card import Card
+from planish.deploy.onnx.runtime import FLOAT, INTEGER, Agreement, compare, kernels, open_session, some_images
+from planish.deploy.origin import find_preprocessing
+from planish.errors import PlanishError
+from planish.models import Preprocessing
+from planish.models.weights import write_whole
+
+LAYOUTS = ("small", "fast")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and what became of every product.
+
+    Attributes:
+        bytes: of the file. weights: bytes of each quantized weight in the file, and of the same in float32.
+        forms: of each matrix product of quantized operands: name, kernel, and why where it is no integer kernel.
+        kernels: how often each kernel stands in the graph that ONNX Runtime executes.
+        agreement: with the PyTorch model.
+        output_grids: how many tensors got a grid of ``output_bits``.
+    """
+
+    path: Path
+    scheme: str
+    layout: str
+    bytes: int
+    weights: Mapping[str, tuple[int, int]]
+    forms: tuple[Any, ...]
+    kernels: Mapping[str, int]
+    agreement: Agreement
+    output_grids: int = 0
+
+    @property
+    def in_float(self) -> list[Any]:
+        """The products of quantized operands that no integer kernel computes."""
+        return [form for form in self.forms if form.why]
+
+    def __str__(self) -> str:
+        integer = {name: count for name, count in self.kernels.items() if name in INTEGER}
+        floats = {name: count for name, count in self.kernels.items() if name in FLOAT}
+        agreement = self.agreement
+        lines = [
+            f"{self.path}: {self.scheme}, {self.bytes / 1e6:.3f} MB, layout {self.layout}",
+            f"integer kernels: {_counted(integer)}; float products: {_counted(floats)}",
+            *(f"in float: {form.name}: {form.why}" for form in self.in_float),
+        ]
+        if self.output_grids:
+            lines.append(
+                f"{self.output_grids} outputs of convolutions and sums have a grid of 8 bits, which the model has not"
+            )
+        lines.append(
+            f"same first class as the PyTorch model on {agreement.images - len(agreement.differing)} of "
+            f"{agreement.images} {agreement.what}; largest difference of a logit {agreement.largest:.2g}"
+        )
+        lines += [f"differs: image {index}, margin {margin:.4f}" for index, margin in agreement.differing]
+        return "\n".join(lines)
+
+
+def _counted(kinds: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in sorted(kinds.items())) or "none"
+
+
+def export(
+    model: nn.Module,
+    path: Path | str,
+    *,
+    images: Iterable[Any] | None = None,
+    layout: str = "small",
+    output_bits: int | None = None,
+    calibration: Iterable[Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
+    name: str | None = None,
+    protocol: Mapping[str, Any] | None = None,
+) -> Exported:
+    """Write a model as an ONNX file for stock ONNX Runtime, and compare it with the model.
+
+    The quantized products run on integer kernels with the model's own semantics. What is not given is taken from the
+    model, as :func:`planish.save` does. A model in float becomes a float file.
+
+    Args:
+        model: what :func:`planish.quantize`, ``train`` or ``load`` gave back.
+        path: the file; it holds the old or the new content, never a part.
+        images: batches to compare on, tensors or (tensor, label). Default: eight random images.
+        layout: ``"small"`` stores weights at 2 or 4 bits (3 bits in 4), which the runtime widens when it loads the
+            file; ``"fast"`` as bytes, which load sooner.
+        output_bits: 8 gives the outputs of convolutions that would stay in float a grid of 8 bits, set on
+            ``calibration``: faster, and a small change of the network.
+
+    Returns:
+        A report; ``print`` it.
+
+    Raises:
+        PlanishError: an option is not known, packages are missing, or the model cannot be exported.
+    """
+    if layout not in LAYOUTS:
+        raise PlanishError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    if output_bits not in (None, 8):
+        raise PlanishError(f"output_bits is {output_bits!r}: give 8, or None to keep these outputs in float")
+    if output_bits and calibration is None:
+        raise PlanishError("output_bits needs calibration: batches of images on which the ranges are set")
+    try:
+        import onnx  # noqa: F401
+        import onnx_ir as ir
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise PlanishError(f"{error.name} is not installed: pip install 'planish[onnx]'") from None
+    path, prepared = Path(path), find_preprocessing(model, preprocessing)
+    graph, lowering, grids = _graph(model, prepared, layout, calibration if output_bits else None)
+    scheme = _scheme(model)
+    card = Card(
+        name or str((protocol or getattr(model, "planish_protocol", None) or {}).get("model") or type(model).__name__),
+        scheme, _labels(model, graph, classes), prepared, __version__,
+        dict(protocol if protocol is not None else getattr(model, "planish_protocol", None) or {}),
+    )  # fmt: skip
+    graph.metadata_props.update(card.to_metadata())
+    content = ir.to_proto(graph).SerializeToString()
+    write_whole(path, content)
+    looked = [] if images is None else images
+    agreement = (
+        compare(model, open_session(path), looked)
+        if images is not None
+        else compare(model, open_session(path), some_images(prepared.input_size), "random images")
+    )
+    return Exported(
+        path, scheme, layout, path.stat().st_size, dict(lowering.weights), tuple(lowering.forms),
+        dict(sorted(kernels(path).items())), agreement, grids,
+    )  # fmt: skip
+
+
+def _graph(model: nn.Module, prepared: Preprocessing, layout: str, calibration: Iterable[Any] | None) -> Any:
+    from planish.deploy.onnx.graph import DOMAIN, network_graph
+    from planish.deploy.onnx.lower import Lowering
+    from planish.deploy.onnx.outputs import add_output_grids
+    from planish.deploy.onnx.tidy import tidy
+
+    like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
+    graph = network_graph(model, torch.zeros(2, *prepared.input_size, dtype=like.dtype, device=like.device))
+    tidy(graph.graph)
+    grids = 0
+    if calibration is not None:
+        batches = ((b[0] if isinstance(b, (tuple, list)) else b).float().cpu().numpy() for b in calibration)
+        grids = add_output_grids(graph, batches)
+        tidy(graph.graph)
+    lowering = Lowering(graph.graph, layout)
+    lowering.run()
+    if lowering.has_two_bits:
+        graph.graph.opset_imports[""] = 25  # the first with 2-bit tensors
+    graph.graph.opset_imports.pop(DOMAIN, None)
+    return graph, lowering, grids
+
+
+def _scheme(model: nn.Module) -> str:
+    plan: Any = getattr(model, "planish_assignment", None)
+    return plan.scheme.name if plan is not None else "float"
+
+
+def _labels(model: nn.Module, graph: Any, classes: Sequence[str] | None) -> tuple[str, ...]:
+    given = classes if classes is not None else getattr(model, "planish_classes", None)
+    shape = graph.graph.outputs[0].shape
+    count = shape[-1] if shape is not None and len(shape) == 2 and isinstance(shape[-1], int) else None
+    if count is None:
+        raise PlanishError(f"{type(model).__name__} does not give logits of shape (images, classes)")
+    if given is None:
+        return tuple(f"class {i}" for i in range(count))
+    if len(given) != count:
+        raise PlanishError(f"{len(given)} class names for {count} logits: give a name for each, in their order")
+    return tuple(str(label) for label in given)
+
+
+def count_kernels(exported: Exported) -> Counter[str]:
+    """The integer and the float products in what ONNX Runtime executes."""
+    kinds = Counter[str]()
+    for kernel, count in exported.kernels.items():
+        if kernel in INTEGER or kernel in FLOAT:
+            kinds["integer" if kernel in INTEGER else "float"] += count
+    return kinds

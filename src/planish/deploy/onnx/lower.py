@@ -1,0 +1,235 @@
+"""From ``FakeQuantize`` nodes to what stock runtimes execute on integers, without changing what is computed.
+
+Activations become QuantizeLinear (eight bits) -> Clip (to the codes of b bits) -> DequantizeLinear, weights integers of
+their true width -> Cast -> DequantizeLinear. Runtimes fuse these with the product between them. Three forms of a
+product come out:
+
+* a matrix product keeps its float output: ONNX Runtime makes MatMulIntegerToFloat of it;
+* a convolution whose output goes straight to one quantizer becomes QLinearConv; its bias and its multiplier are matched
+  so that it rounds as the float formula does (``matching.py``);
+* any other convolution is spelled out as ConvInteger, a multiplication and a sum. QLinearConv cannot give floats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from planish.deploy.onnx.codes import Activations
+from planish.deploy.onnx.edit import Editor, attribute, constant, only_user
+from planish.deploy.onnx.graph import NODE
+from planish.deploy.onnx.grids import read_grid
+from planish.deploy.onnx.matching import match
+from planish.deploy.onnx.operands import Operand, obstacle, operand_of, usable
+from planish.deploy.onnx.outputs import is_own
+from planish.deploy.onnx.tidy import quantizers
+from planish.deploy.onnx.weights import WeightCodes, weight_values
+
+PRODUCTS = ("Conv", "ConvTranspose", "MatMul")
+_CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
+
+
+@dataclass(frozen=True)
+class Form:
+    """How one product was written: its ``kernel``, and ``why`` where that is no integer kernel.
+
+    ``inexact_channels``: how many output channels may round one code away from the network's own formula.
+    """
+
+    name: str
+    kernel: str
+    why: str = ""
+    inexact_channels: int = 0
+
+
+@dataclass
+class Lowering:
+    """One graph being lowered.
+
+    Attributes:
+        in_float: every quantizer in float arithmetic: what the network computes, for looking inside.
+        forms: what became of each product that has a quantized operand.
+        weights: by site, the bytes of a quantized weight in the file and in float32.
+        has_two_bits: a tensor of two bits is stored, which needs opset 25.
+    """
+
+    graph: ir.Graph
+    layout: str = "small"
+    in_float: bool = False
+    forms: list[Form] = field(default_factory=list)
+    weights: dict[str, tuple[int, int]] = field(default_factory=dict)
+    has_two_bits: bool = False
+
+    def __post_init__(self) -> None:
+        self.editor = Editor(self.graph)
+        self.activations = Activations(self.editor)
+
+    def run(self) -> None:
+        """Replace every ``FakeQuantize`` node."""
+        if not self.in_float:
+            for node in [node for node in self.graph if node.op_type in PRODUCTS]:
+                self._product(node)
+        self.editor.sweep()
+        for node in quantizers(self.graph):  # those that feed no integer product
+            grid = read_grid(node)
+            if not self.in_float and usable(grid) and constant(node.inputs[0]) is None:
+                self.editor.replace(node.outputs[0], self.activations.values(node, Operand(node, grid), signed=False))
+                self.editor.remove(node)
+            else:
+                self._plain(node)
+        self.editor.sweep()
+
+    def _product(self, node: ir.Node) -> None:
+        left, right = (operand_of(value) for value in node.inputs[:2])
+        if left is None and right is None:
+            return
+        name = (right if right is not None and right.weight is not None else left or right).product  # type: ignore[union-attr]
+        why = obstacle(node, left, right)
+        if why or left is None or right is None:
+            self.forms.append(Form(name, "float", why))
+        elif node.op_type == "Conv":
+            self.forms.append(self._conv(node, name, left, right))
+        elif right.weight is not None and _rank(node.inputs[0]) == 2:
+            self.forms.append(self._matmul_to_integers(node, name, left, right.weight))
+        else:
+            self.forms.append(self._matmul(node, name, left, right))
+
+    # -- matrix products -----------------------------------------------------------------------------------------------
+
+    def _matmul(self, node: ir.Node, name: str, left: Operand, right: Operand) -> Form:
+        node.replace_input_with(0, self.activations.values(node, left, signed=False))
+        if right.weight is not None:
+            node.replace_input_with(1, self._weight(node, right.weight, axis=right.weight.axis or 0))
+        else:  # the second operand as signed bytes: products of unsigned with signed ones have the fastest kernels
+            node.replace_input_with(1, self.activations.values(node, right, signed=True))
+        return Form(name, "MatMulIntegerToFloat")
+
+    def _matmul_to_integers(self, node: ir.Node, name: str, left: Operand, weight: WeightCodes) -> Form:
+        """MatMulInteger, then the scale: of a product of two dimensions ONNX Runtime makes a Gemm in float first."""
+        codes, zero = self.activations.moved(node, left, signed=False)
+        inputs = [codes, self._stored(node, weight), zero, self.editor.constant(np.array(0, np.int8), "zero")]
+        sums = self.editor.node(node, "MatMulInteger", inputs, name=name, like=node.outputs[0], dtype=ir.DataType.INT32)
+        self._scaled(node, name, sums, _unit(left, weight).reshape(-1))
+        return Form(name, "MatMulInteger")
+
+    # -- convolutions --------------------------------------------------------------------------------------------------
+
+    def _conv(self, node: ir.Node, name: str, left: Operand, right: Operand) -> Form:
+        reader, grouped, weight = only_user(node.outputs[0]), attribute(node, "group", 1) != 1, right.weight
+        assert weight is not None
+        form = None
+        if reader is not None and reader.op_type == NODE and usable(read_grid(reader)):
+            form = self._conv_to_codes(node, name, left, weight, reader, exactly=not grouped and not is_own(reader))
+        if form is None and grouped:
+            return Form(name, "float", "a grouped convolution whose output is needed in float has no integer kernel")
+        return form or self._conv_to_float(node, name, left, weight)
+
+    def _conv_to_codes(
+        self, node: ir.Node, name: str, left: Operand, weight: WeightCodes, reader: ir.Node, exactly: bool
+    ) -> Form | None:
+        """QLinearConv: the output is the codes of the next quantizer. ``None`` if it must be exact and cannot."""
+        editor, grid, out = self.editor, left.grid, read_grid(reader)
+        factor = weight.factor(grid.qmax - grid.qmin)
+        step, zero = float(out.scale.item()), int(out.zero_point.item())
+        bias, reach = _bias(node, len(weight.codes)), weight.reach(grid)
+        matched = match(_unit(left, weight), bias, step, zero, out.low, out.high, factor, reach)
+        if exactly and not matched.exact.all():
+            return None
+        unit = (matched.multiplier * step).astype(np.float32)  # one step of the kernel's sum
+        tuned = weight.with_scale((unit / grid.scale.reshape(())).astype(np.float32), factor)
+        stored = editor.constant(matched.bias.astype(np.int32), f"{name}.bias")
+        steps = editor.constant((tuned.scale * grid.scale.reshape(())).astype(np.float32), f"{name}.bias.scale")
+        added = editor.node(
+            node, "DequantizeLinear", [stored, steps], name=f"{name}.bias", dtype=ir.DataType.FLOAT,
+            attributes={"axis": 0},
+        )  # fmt: skip
+        if len(node.inputs) < 3:
+            node.resize_inputs(3)
+        values = (self.activations.values(node, left, signed=False), self._weight(node, tuned, axis=0), added)
+        for index, value in enumerate(values):
+            node.replace_input_with(index, value)
+        return Form(name, "QLinearConv", inexact_channels=int((~matched.exact).sum()))
+
+    def _conv_to_float(self, node: ir.Node, name: str, left: Operand, weight: WeightCodes) -> Form:
+        """ConvInteger, then the scale and the bias in float. Its fastest kernel wants unsigned weights."""
+        codes, zero = self.activations.moved(node, left, signed=False)
+        middle = self.editor.constant(np.array(128, np.uint8), "middle")
+        inputs = [codes, self._stored(node, weight, unsigned=True), zero, middle]
+        kept = {key: value.value for key, value in node.attributes.items() if key in _CONV}
+        sums = self.editor.node(
+            node, "ConvInteger", inputs, name=name, like=node.outputs[0], dtype=ir.DataType.INT32, attributes=kept
+        )
+        shape = (-1, *[1] * (weight.codes.ndim - 2))
+        bias = _bias(node, len(weight.codes)).reshape(shape)
+        self._scaled(node, name, sums, _unit(left, weight).reshape(shape), bias if bias.any() else None)
+        return Form(name, "ConvInteger")
+
+    # -- parts ---------------------------------------------------------------------------------------------------------
+
+    def _scaled(
+        self, node: ir.Node, name: str, sums: ir.Value, scale: np.ndarray, bias: np.ndarray | None = None
+    ) -> None:
+        """Integer sums times their scale, plus a bias, in place of the output of ``node``."""
+        editor, out = self.editor, node.outputs[0]
+        value = editor.node(node, "Cast", [sums], name=f"{name}.float", like=out, attributes={"to": ir.DataType.FLOAT})
+        for op, array, what in (("Mul", scale, "scale"), ("Add", bias, "bias")):
+            if array is not None:
+                inputs = [value, editor.constant(array, f"{name}.{what}")]
+                value = editor.node(node, op, inputs, name=f"{name}.{op.lower()}", like=out)
+        editor.replace(out, value)
+        editor.remove(node)
+
+    def _weight(self, before: ir.Node, weight: WeightCodes, *, axis: int) -> ir.Value:
+        """The values of a weight: its integers and a DequantizeLinear."""
+        same = len(np.unique(weight.scale)) == 1
+        scale = weight.scale[:1].reshape(()) if same else weight.scale
+        return self.editor.node(
+            before, "DequantizeLinear",
+            [self._stored(before, weight), self.editor.constant(scale, f"{weight.site}.scale")],
+            name=f"{weight.site}.dequantize", dtype=ir.DataType.FLOAT, attributes={} if same else {"axis": axis},
+        )  # fmt: skip
+
+    def _stored(self, before: ir.Node, weight: WeightCodes, *, unsigned: bool = False) -> ir.Value:
+        """A weight's integers as bytes in the graph, stored at their true width with the layout "small"."""
+        value, size, narrow = weight_values(self.editor, before, weight, self.layout, unsigned=unsigned)
+        self.weights[weight.site] = size, 4 * weight.stored.size
+        self.has_two_bits |= narrow and weight.bits == 2
+        return value
+
+    def _plain(self, node: ir.Node) -> None:
+        """A quantizer in float arithmetic, for any grid: (clip(round(x / s - o), low - z, high - z) + o) s."""
+        grid, editor, out = read_grid(node), self.editor, node.outputs[0]
+        site, values = grid.site or "quantizer", constant(node.inputs[0])
+        if values is not None:
+            result = editor.constant(grid.values(values), f"{site}.values")
+            self.weights[site] = values.size * 4, values.size * 4
+        else:
+            low, high, offset = grid.low - grid.zero_point, grid.high - grid.zero_point, np.float32(grid.offset)
+            steps: list[tuple[str, Any]] = [("Div", grid.scale), ("Sub", offset), ("Round", None), ("Max", low)]
+            result = node.inputs[0]  # type: ignore[assignment]
+            for op, array in [*steps, ("Min", high), ("Add", offset), ("Mul", grid.scale)]:
+                if array is offset and not grid.offset:
+                    continue
+                more = [] if array is None else [editor.constant(np.asarray(array, np.float32), f"{site}.{op.lower()}")]
+                result = editor.node(node, op, [result, *more], name=f"{site}.{op.lower()}", like=out)
+        editor.replace(out, result)
+        editor.remove(node)
+
+
+def _unit(left: Operand, weight: WeightCodes) -> np.ndarray:
+    """What one step of the integer sum is worth, for each output channel: the product of both scales in float32."""
+    scale = (left.grid.scale.reshape(()) * weight.scale).astype(np.float32)
+    channels = weight.codes.shape[weight.axis or 0]
+    return np.broadcast_to(scale, (channels,)).copy()
+
+
+def _rank(value: ir.Value | None) -> int | None:
+    return None if value is None or value.shape is None else len(value.shape)
+
+
+def _bias(node: ir.Node, channels: int) -> np.ndarray:
+    values = constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    return np.zeros(channels, np.float32) if values is None else np.asarray(values, np.float32)
