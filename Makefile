@@ -16,7 +16,7 @@ help:
 $(STAMP): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("planish needs Python 3.10 or newer; try: make PYTHON=python3.11 ...") if sys.version_info < (3, 10) else None'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,onnx]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev,onnx,demo]'
 	touch $(STAMP)
 
 run: $(STAMP)

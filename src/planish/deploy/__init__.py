@@ -1,1 +1,1 @@
-"""Ship it: packed checkpoints, integers, ONNX files. Nothing is imported here, so what needs no torch runs without it."""
+"""Ship it: packed checkpoints, integers, ONNX files. Nothing is imported here, so classify runs without torch."""
