@@ -42,7 +42,7 @@ from planish.ptq import quantize
 from planish.scheme import Format, Scheme
 
 SLACK = 32e6  # bytes of memory allowed beside twice the size of the file
-SLOWEST = 10.0  # seconds until a load counts as hanging
+SLOWEST = 10.0  # seconds of the processor until a load counts as hanging
 HOSTILE: list[Any] = [
     None, True, -1, 0, 1, 2**31, 2**62, 10**30, 1e308, -0.5, 0.5, "", "x", "../../etc/passwd", "\ud800", "w4" * 5000,
     [], {}, [[[[]]]], [0] * 300, {"a": {"b": {}}}, [2**40, 2**40], "hf-hub:a/b", ["weight"], {"source": "file"},
@@ -323,6 +323,10 @@ class Outcome:
     wrong: str = ""
 
 
+class Hanging(BaseException):
+    """No refusal: TimeoutError would be one, as an OSError."""
+
+
 class Watch:
     """What the process does and takes while a file is loaded."""
 
@@ -354,7 +358,7 @@ def judge(kind: str, base: Base, content: bytes, path: Path, watch: Watch, may_d
     watch.events.clear()
     before, began, model, wrong = watch.memory(peak=False), time.perf_counter(), None, ""
     watch.on = True
-    signal.setitimer(signal.ITIMER_REAL, SLOWEST)
+    signal.setitimer(signal.ITIMER_PROF, SLOWEST)
     try:
         model, result = load(path), "loaded"
     except PlanishError as error:
@@ -366,7 +370,7 @@ def judge(kind: str, base: Base, content: bytes, path: Path, watch: Watch, may_d
             raise
         result, wrong = f"{type(error).__name__}: {error}", "neither loaded nor refused"
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, 0)
         watch.on = False
     seconds, memory = time.perf_counter() - began, max(0.0, watch.memory(peak=True) - before)
     allowed = 2 * len(content) + SLACK
@@ -400,9 +404,9 @@ def outcomes(count: int, seed: int, folder: Path) -> Iterator[Outcome]:
             timm.create_model(architecture)
 
     def alarm(*_: Any) -> None:
-        raise TimeoutError(f"still loading after {SLOWEST} s")
+        raise Hanging(f"still loading after {SLOWEST} s of the processor")
 
-    signal.signal(signal.SIGALRM, alarm)
+    signal.signal(signal.SIGPROF, alarm)
     for _ in range(count):
         kind, base = draw.choices(list(KINDS), SHARES)[0], draw.choice(sound)
         mutate, may_differ = KINDS[kind]

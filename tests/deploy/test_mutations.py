@@ -11,7 +11,7 @@ import pytest
 from benchmarks.checkpoint_mutations import KINDS, bases, outcomes, shortened
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the watch uses SIGALRM")
+@pytest.mark.skipif(sys.platform == "win32", reason="the watch uses SIGPROF")
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_damaged_and_hostile_files_are_refused(tmp_path):
     found = Counter()
