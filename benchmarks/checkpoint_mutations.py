@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from planish.deploy.checkpoint import load, save
-from planish.deploy.container import CHECKSUM, KEY, Entry, checksum
+from planish.deploy.packed.container import CHECKSUM, KEY, Entry, checksum
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from planish.ptq import quantize

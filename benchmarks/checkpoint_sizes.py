@@ -18,7 +18,7 @@ import timm
 import torch
 
 from planish.deploy.checkpoint import load, save
-from planish.deploy.content import content_of
+from planish.deploy.packed.content import content_of
 from planish.models import Preprocessing
 from planish.ptq import quantize
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import planish
-from planish.deploy.architecture import check_recipe, layout_of, timm_layout
 from planish.deploy.origin import find_preprocessing, find_recipes, plain_recipe
+from planish.deploy.packed.architecture import check_recipe, layout_of, timm_layout
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from tests.deploy.tiny import LOOKS

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from planish.deploy.agreement import check_agreement
-from planish.deploy.architecture import built, check_recipe, layout_of, timm_layout
-from planish.deploy.container import (
+from planish.deploy.origin import find_preprocessing, find_recipes
+from planish.deploy.packed.agreement import check_agreement
+from planish.deploy.packed.architecture import built, check_recipe, layout_of, timm_layout
+from planish.deploy.packed.container import (
     KEY,
     names_itself,
     read_data,
@@ -24,11 +25,10 @@ from planish.deploy.container import (
     refusing,
     to_bytes,
 )
-from planish.deploy.content import Content, content_of
-from planish.deploy.head import Head, read_head_from, version_of, write_head
-from planish.deploy.origin import find_preprocessing, find_recipes
-from planish.deploy.restoring import Restoring
-from planish.deploy.values import one_line
+from planish.deploy.packed.content import Content, content_of
+from planish.deploy.packed.head import Head, read_head_from, version_of, write_head
+from planish.deploy.packed.restoring import Restoring
+from planish.deploy.packed.values import one_line
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from planish.models.weights import write_whole

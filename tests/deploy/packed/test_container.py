@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from planish.deploy.container import (
+from planish.deploy.packed.container import (
     HEADER_LIMIT,
     KEY,
     names_itself,

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from planish.deploy.values import get, is_shape, make, shown
+from planish.deploy.packed.values import get, is_shape, make, shown
 from planish.errors import PlanishError
 from planish.network import Assignment, Product, Site
 from planish.scheme import Format, Scheme

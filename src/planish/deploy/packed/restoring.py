@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from planish.deploy.agreement import BUFFERS, check_grid, check_values, grow, tap_prefix
-from planish.deploy.architecture import Layout, named_tensors
-from planish.deploy.container import Table, tensor_at
-from planish.deploy.head import Head
-from planish.deploy.packing import unpack
+from planish.deploy.packed.agreement import BUFFERS, check_grid, check_values, grow, tap_prefix
+from planish.deploy.packed.architecture import Layout, named_tensors
+from planish.deploy.packed.container import Table, tensor_at
+from planish.deploy.packed.head import Head
+from planish.deploy.packed.packing import unpack
 from planish.functional import Grid, dequantize
 from planish.network import Site, attach
 from planish.quantizers import ShiftedQuantizer, UniformQuantizer

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish.deploy.agreement import check_grid, check_values, shrink, tap_prefix
-from planish.deploy.architecture import named_tensors
-from planish.deploy.container import NAMES, Entry
-from planish.deploy.head import Constant, Head, Packed
-from planish.deploy.packing import pack
-from planish.deploy.values import shown
+from planish.deploy.packed.agreement import check_grid, check_values, shrink, tap_prefix
+from planish.deploy.packed.architecture import named_tensors
+from planish.deploy.packed.container import NAMES, Entry
+from planish.deploy.packed.head import Constant, Head, Packed
+from planish.deploy.packed.packing import pack
+from planish.deploy.packed.values import shown
 from planish.errors import PlanishError
 from planish.functional import dequantize, quantize
 from planish.models import Preprocessing

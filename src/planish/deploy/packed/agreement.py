@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planish.deploy.architecture import Layout, Shape
-from planish.deploy.container import Entry
-from planish.deploy.head import Head, Packed
-from planish.deploy.packing import packed_size
-from planish.deploy.values import shown
+from planish.deploy.packed.architecture import Layout, Shape
+from planish.deploy.packed.container import Entry
+from planish.deploy.packed.head import Head, Packed
+from planish.deploy.packed.packing import packed_size
+from planish.deploy.packed.values import shown
 from planish.errors import PlanishError
 from planish.network import Site
 from planish.network.taps import CHILD

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 import torch
 from torch import Tensor
 
-from planish.deploy.values import is_shape, one_line, shown
+from planish.deploy.packed.values import is_shape, one_line, shown
 from planish.errors import PlanishError
 
 KEY, CHECKSUM, OLD_KEY = "planish_checkpoint", "planish_sha256", "planish_quantized"

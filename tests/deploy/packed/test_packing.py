@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planish.deploy.packing import pack, packed_size, unpack
+from planish.deploy.packed.packing import pack, packed_size, unpack
 from planish.errors import PlanishError
 
 

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from planish.deploy.architecture import built, check_recipe, layout_of, limited, timm_layout
+from planish.deploy.packed.architecture import built, check_recipe, layout_of, limited, timm_layout
 from planish.errors import PlanishError
 from tests.deploy.tiny import RECIPES
 

@@ -8,8 +8,8 @@ import json
 import pytest
 
 from planish.deploy.checkpoint import read_head, save
-from planish.deploy.container import KEY, read_table
-from planish.deploy.head import read_head_from, version_of, write_head
+from planish.deploy.packed.container import KEY, read_table
+from planish.deploy.packed.head import read_head_from, version_of, write_head
 from planish.errors import PlanishError
 from planish.network import Assignment, ledger
 from planish.network.ledger import build_ledger

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.checkpoint_mutations import Base, sealed
 from planish.deploy import checkpoint
-from planish.deploy.agreement import broadcasts, groups, grow, shrink
+from planish.deploy.packed.agreement import broadcasts, groups, grow, shrink
 from planish.errors import PlanishError
 from planish.network import Site
 from planish.ptq import quantize

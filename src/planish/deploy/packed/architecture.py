@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish.deploy.values import one_line, shown
+from planish.deploy.packed.values import one_line, shown
 from planish.errors import PlanishError
 from planish.models import build
 from planish.network.rebuilding import rebuild

@@ -1,7 +1,7 @@
 """The metadata of a checkpoint as JSON, and back, every value checked for its type and size.
 
 ``docs/checkpoint.md`` lists the names. What is written here says nothing about whether it fits the tensors of the file
-or the architecture; :mod:`planish.deploy.agreement` does.
+or the architecture; :mod:`planish.deploy.packed.agreement` does.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from planish.deploy.container import DTYPES, NAMES, OLD_KEY, parse_json
-from planish.deploy.plan import read_plan, write_plan
-from planish.deploy.values import get, is_shape, make, shown
+from planish.deploy.packed.container import DTYPES, NAMES, OLD_KEY, parse_json
+from planish.deploy.packed.plan import read_plan, write_plan
+from planish.deploy.packed.values import get, is_shape, make, shown
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from planish.network import Assignment

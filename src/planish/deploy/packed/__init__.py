@@ -1,0 +1,1 @@
+"""The parts of a checkpoint file: ``planish.deploy.checkpoint`` puts them together."""
