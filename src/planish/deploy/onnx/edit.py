@@ -29,6 +29,7 @@ class Editor:
     def __init__(self, graph: ir.Graph) -> None:
         self.graph = graph
         self.names = {value.name for node in graph for value in node.outputs} | set(graph.initializers)
+        self.names |= {value.name for value in graph.inputs}
         self.constants: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
     def name(self, wanted: str) -> str:

@@ -129,16 +129,17 @@ def export(
     )  # fmt: skip
     graph.metadata_props.update(card.to_metadata())
     content = ir.to_proto(graph).SerializeToString()
-    write_whole(path, content)
-    looked = [] if images is None else images
-    agreement = (
-        compare(model, open_session(path), looked)
-        if images is not None
-        else compare(model, open_session(path), some_images(prepared.input_size), "random images")
-    )
+    looked, what = (some_images(prepared.input_size), "random images") if images is None else (images, "images")
+    found: list[Any] = []
+
+    def check(written: Path) -> None:
+        found.extend((compare(model, open_session(written), looked, what), kernels(written)))
+
+    write_whole(path, content, check)
+    agreement, counted = found
     return Exported(
-        path, scheme, layout, path.stat().st_size, dict(lowering.weights), tuple(lowering.forms),
-        dict(sorted(kernels(path).items())), agreement, grids,
+        path, scheme, layout, len(content), dict(lowering.weights), tuple(lowering.forms),
+        dict(sorted(counted.items())), agreement, grids,
     )  # fmt: skip
 
 

@@ -66,6 +66,7 @@ class Lowering:
     def __post_init__(self) -> None:
         self.editor = Editor(self.graph)
         self.activations = Activations(self.editor)
+        self.plainly: set[int] = set()
 
     def run(self) -> None:
         """Replace every ``FakeQuantize`` node."""
@@ -75,7 +76,8 @@ class Lowering:
         self.editor.sweep()
         for node in quantizers(self.graph):  # those that feed no integer product
             grid = read_grid(node)
-            if not self.in_float and usable(grid) and constant(node.inputs[0]) is None:
+            integers = not self.in_float and id(node) not in self.plainly and usable(grid)
+            if integers and constant(node.inputs[0]) is None:
                 self.editor.replace(node.outputs[0], self.activations.values(node, Operand(node, grid), signed=False))
                 self.editor.remove(node)
             else:
@@ -89,6 +91,7 @@ class Lowering:
         name = (right if right is not None and right.weight is not None else left or right).product  # type: ignore[union-attr]
         why = obstacle(node, left, right)
         if why or left is None or right is None:
+            self._stays(left, right)
             self.forms.append(Form(name, "float", why))
         elif node.op_type == "Conv":
             self.forms.append(self._conv(node, name, left, right))
@@ -96,6 +99,10 @@ class Lowering:
             self.forms.append(self._matmul_to_integers(node, name, left, right.weight))
         else:
             self.forms.append(self._matmul(node, name, left, right))
+
+    def _stays(self, *operands: Operand | None) -> None:
+        """Note a product in float: behind a DequantizeLinear ONNX Runtime would quantize its float weight by itself."""
+        self.plainly |= {id(one.node) for one in operands if one is not None}
 
     # -- matrix products -----------------------------------------------------------------------------------------------
 
@@ -112,7 +119,7 @@ class Lowering:
         codes, zero = self.activations.moved(node, left, signed=False)
         inputs = [codes, self._stored(node, weight), zero, self.editor.constant(np.array(0, np.int8), "zero")]
         sums = self.editor.node(node, "MatMulInteger", inputs, name=name, like=node.outputs[0], dtype=ir.DataType.INT32)
-        self._scaled(node, name, sums, _unit(left, weight).reshape(-1))
+        self._scaled(node, name, sums, _unit(left, weight, -1))
         return Form(name, "MatMulInteger")
 
     # -- convolutions --------------------------------------------------------------------------------------------------
@@ -124,6 +131,7 @@ class Lowering:
         if reader is not None and reader.op_type == NODE and usable(read_grid(reader)):
             form = self._conv_to_codes(node, name, left, weight, reader, exactly=not grouped and not is_own(reader))
         if form is None and grouped:
+            self._stays(left, right)
             return Form(name, "float", "a grouped convolution whose output is needed in float has no integer kernel")
         return form or self._conv_to_float(node, name, left, weight)
 
@@ -135,11 +143,11 @@ class Lowering:
         factor = weight.factor(grid.qmax - grid.qmin)
         step, zero = float(out.scale.item()), int(out.zero_point.item())
         bias, reach = _bias(node, len(weight.codes)), weight.reach(grid)
-        matched = match(_unit(left, weight), bias, step, zero, out.low, out.high, factor, reach)
-        if exactly and not matched.exact.all():
+        taken = float(grid.scale.item())
+        matched = match(_unit(left, weight, 0), bias, step, zero, out.low, out.high, factor, reach, taken)
+        if not matched.fit.all() or (exactly and not matched.exact.all()):
             return None
-        unit = (matched.multiplier * step).astype(np.float32)  # one step of the kernel's sum
-        tuned = weight.with_scale((unit / grid.scale.reshape(())).astype(np.float32), factor)
+        tuned = weight.with_scale(matched.scale, factor)
         stored = editor.constant(matched.bias.astype(np.int32), f"{name}.bias")
         steps = editor.constant((tuned.scale * grid.scale.reshape(())).astype(np.float32), f"{name}.bias.scale")
         added = editor.node(
@@ -164,7 +172,7 @@ class Lowering:
         )
         shape = (-1, *[1] * (weight.codes.ndim - 2))
         bias = _bias(node, len(weight.codes)).reshape(shape)
-        self._scaled(node, name, sums, _unit(left, weight).reshape(shape), bias if bias.any() else None)
+        self._scaled(node, name, sums, _unit(left, weight, 0).reshape(shape), bias if bias.any() else None)
         return Form(name, "ConvInteger")
 
     # -- parts ---------------------------------------------------------------------------------------------------------
@@ -219,11 +227,13 @@ class Lowering:
         editor.remove(node)
 
 
-def _unit(left: Operand, weight: WeightCodes) -> np.ndarray:
-    """What one step of the integer sum is worth, for each output channel: the product of both scales in float32."""
+def _unit(left: Operand, weight: WeightCodes, axis: int) -> np.ndarray:
+    """What one step of the integer sum is worth, for each output channel: the product of both scales in float32.
+
+    ``axis``: that of the output channels in the product.
+    """
     scale = (left.grid.scale.reshape(()) * weight.scale).astype(np.float32)
-    channels = weight.codes.shape[weight.axis or 0]
-    return np.broadcast_to(scale, (channels,)).copy()
+    return np.broadcast_to(scale, (weight.stored.shape[axis],)).copy()
 
 
 def _rank(value: ir.Value | None) -> int | None:

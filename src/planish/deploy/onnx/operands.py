@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from planish.deploy.onnx.edit import attribute, constant
@@ -11,6 +12,9 @@ from planish.deploy.onnx.graph import NODE
 from planish.deploy.onnx.grids import NodeGrid, read_grid
 from planish.deploy.onnx.tidy import MOVES
 from planish.deploy.onnx.weights import WeightCodes
+
+# what can be done to codes as well as to their values
+KEPT = (*MOVES, "MaxPool")
 
 
 @dataclass
@@ -36,7 +40,7 @@ def operand_of(value: ir.Value | None) -> Operand | None:
     """The operand behind a value; ``None`` if it comes from no quantizer."""
     moves: list[ir.Node] = []
     producer = None if value is None else value.producer()
-    while producer is not None and producer.op_type in MOVES:
+    while producer is not None and producer.op_type in KEPT and len(producer.outputs) == 1:
         moves.insert(0, producer)
         inner = producer.inputs[0]
         producer = None if inner is None else inner.producer()
@@ -67,12 +71,16 @@ def obstacle(node: ir.Node, left: Operand | None, right: Operand | None) -> str:
             return f"{grid.site} has a grid per {grid.granularity}{level}; integer kernels want one scale"
         if weight is not None and not weight.symmetric:
             return f"{grid.site} has a zero point; integer kernels want symmetric weights"
+        if weight is not None and np.abs(2 * weight.codes + 1).max(initial=0) > 255:
+            return f"{grid.site} has half-integer levels of {weight.bits} bits, which do not fit in a byte"
         if weight is not None and weight.axis is None:
             return f"{grid.site} has scales along its inputs (per {grid.granularity}), which no kernel sums over"
     if node.op_type == "ConvTranspose":
         return "there is no integer kernel for transposed convolutions"
     if node.op_type == "Conv" and (right.weight is None or left.weight is not None):
         return "the kernel of the convolution is computed"
+    if len(node.inputs) > 2 and node.inputs[2] is not None and constant(node.inputs[2]) is None:
+        return "its bias is computed"
     if node.op_type == "MatMul" and left.weight is not None:
         return "its weight is the first operand"
     if right.weight is not None and right.weight.scale.size > 1:

@@ -14,10 +14,12 @@ import numpy as np
 import onnx_ir as ir
 
 from planish.deploy.card import INPUT
-from planish.deploy.onnx.edit import Editor, constant, only_user
+from planish.deploy.onnx.edit import Editor, only_user
 from planish.deploy.onnx.graph import DOMAIN, NODE
 from planish.deploy.onnx.grids import read_grid
+from planish.deploy.onnx.operands import obstacle, operand_of
 from planish.deploy.onnx.runtime import open_session
+from planish.errors import PlanishError
 
 ACTIVATIONS = ("Relu", "Clip")
 OWN = "planish_output"  # attribute of the quantizers that are made here
@@ -27,12 +29,10 @@ def open_outputs(graph: ir.Graph) -> list[ir.Value]:
     """The tensors that get a grid: float outputs of quantized convolutions and of the sums that they go into."""
     found: list[ir.Value] = []
     for node in graph:
-        first = node.inputs[0] if node.inputs else None
         if node.op_type == "Conv":
-            wanted = first is not None and _quantized(first)
+            wanted = not obstacle(node, operand_of(node.inputs[0]), operand_of(node.inputs[1]))
         else:
-            wanted = node.op_type == "Add" and all(v in found for v in node.inputs) and constant(node.inputs[1]) is None
-            wanted = wanted or (node.op_type == "Add" and _residual(node, found))
+            wanted = node.op_type == "Add" and _residual(node, found)
         if not wanted:
             continue
         value = node.outputs[0]
@@ -43,14 +43,6 @@ def open_outputs(graph: ir.Graph) -> list[ir.Value]:
         if (user is None or user.op_type != NODE) and not value.is_graph_output():
             found.append(value)
     return found
-
-
-def _quantized(value: ir.Value) -> bool:
-    producer = value.producer()
-    while producer is not None and producer.op_type == "MaxPool":
-        value = producer.inputs[0]  # type: ignore[assignment]
-        producer = value.producer()
-    return producer is not None and producer.op_type == NODE
 
 
 def _residual(node: ir.Node, found: list[ir.Value]) -> bool:
@@ -79,9 +71,12 @@ def ranges(model: Any, values: list[ir.Value], images: Iterable[np.ndarray]) -> 
     probe.opset_imports.pop(DOMAIN, None)
     session = open_session(ir.to_proto(probe).SerializeToString())
     ends: list[tuple[float, float]] = [(0.0, 0.0)] * len(values)
+    batch = None
     for batch in images:
         got = session.run(names, {INPUT: batch})
         ends = [(min(low, float(x.min())), max(high, float(x.max()))) for (low, high), x in zip(ends, got, strict=True)]
+    if batch is None:
+        raise PlanishError("there are no calibration images to set the grids of output_bits on")
     return ends
 
 
