@@ -11,6 +11,7 @@ process; leave the machine alone meanwhile. The weights are random there, which 
 from __future__ import annotations
 
 import argparse
+import copy
 import csv
 import os
 import tempfile
@@ -24,8 +25,9 @@ import torch
 from ptq import NETWORKS
 from torch import nn
 
+from planish.deploy.integers import integer_model
 from planish.deploy.onnx.export import export
-from planish.deploy.onnx.runtime import milliseconds, quantize_static
+from planish.deploy.onnx.runtime import compare, milliseconds, open_session, quantize_static
 from planish.models import Preprocessing
 from planish.network import detach
 from planish.ptq import quantize
@@ -46,22 +48,32 @@ def agreement(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             images = [*material.calibration, *images]
         for scheme in args.schemes:
             model = quantize(material.model, calibration, scheme)
+            noise = against_itself(model, images)
             for bits in (None, 8):
                 with tempfile.TemporaryDirectory() as folder:
+                    path = Path(folder) / "m.onnx"
                     done = export(
-                        model, Path(folder) / "m.onnx", images=images, output_bits=bits,
-                        calibration=calibration, preprocessing=looks,
-                    )  # fmt: skip
+                        model, path, images=images, output_bits=bits, calibration=calibration, preprocessing=looks
+                    )
+                    integers = "" if bits else len(compare(integer_model(model), open_session(path), images).differing)
                 if bits and not done.output_grids:
                     continue
                 yield {
                     "network": name, "scheme": scheme, "output_bits": bits or "", "images": done.agreement.images,
                     "differing": len(done.agreement.differing), "beyond_1e-3": len(done.agreement.beyond_ties),
                     "margins": " ".join(f"{margin:.4f}" for _, margin in done.agreement.differing),
-                    "largest_difference": f"{done.agreement.largest:.3g}", "bytes": done.bytes,
+                    "largest_difference": f"{done.agreement.largest:.3g}", "differing_from_integer_reference": integers,
+                    "float32_differing_from_float64": noise, "bytes": done.bytes,
                     "integer_products": sum(not f.why for f in done.forms), "float_products": len(done.in_float),
                     "onnxruntime": onnxruntime.__version__, "torch": torch.__version__,
                 }  # fmt: skip
+
+
+@torch.no_grad()
+def against_itself(model: nn.Module, images: list[torch.Tensor]) -> int:
+    """Images on which the PyTorch model in float32 and in float64 differ: what rounding alone does."""
+    exact = copy.deepcopy(model).double()
+    return sum(int((model(x).argmax(1) != exact(x.double()).argmax(1)).sum()) for x in images)
 
 
 def network(name: str, images: torch.Tensor) -> nn.Module:
