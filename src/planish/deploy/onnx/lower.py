@@ -12,7 +12,7 @@ product come out:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ from planish.deploy.onnx.edit import Editor, attribute, constant, only_user
 from planish.deploy.onnx.graph import NODE
 from planish.deploy.onnx.grids import read_grid
 from planish.deploy.onnx.matching import match
-from planish.deploy.onnx.operands import Operand, obstacle, operand_of, usable
+from planish.deploy.onnx.operands import KEPT, Operand, obstacle, operand_of, usable
 from planish.deploy.onnx.outputs import is_own
 from planish.deploy.onnx.tidy import quantizers
 from planish.deploy.onnx.weights import WeightCodes, weight_values
@@ -78,11 +78,22 @@ class Lowering:
             grid = read_grid(node)
             integers = not self.in_float and id(node) not in self.plainly and usable(grid)
             if integers and constant(node.inputs[0]) is None:
-                self.editor.replace(node.outputs[0], self.activations.values(node, Operand(node, grid), signed=False))
-                self.editor.remove(node)
+                self._bytes(node, Operand(node, grid))
             else:
                 self._plain(node)
         self.editor.sweep()
+
+    def _bytes(self, node: ir.Node, operand: Operand) -> None:
+        """A quantizer as bytes for what is no product; pooled and moved as bytes, too."""
+        moves: list[ir.Node] = []
+        while (user := only_user((moves or [node])[-1].outputs[0])) is not None and user.op_type in KEPT:
+            if len(user.outputs) > 1:
+                break
+            moves.append(user)
+        last = (moves or [node])[-1]
+        values = self.activations.values(last, replace(operand, moves=tuple(moves)), signed=False)
+        self.editor.replace(last.outputs[0], values)
+        self.editor.remove(last)
 
     def _product(self, node: ir.Node) -> None:
         left, right = (operand_of(value) for value in node.inputs[:2])
