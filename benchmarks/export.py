@@ -61,7 +61,7 @@ def agreement(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 yield {
                     "network": name, "scheme": scheme, "output_bits": bits or "", "images": done.agreement.images,
                     "differing": len(done.agreement.differing), "beyond_1e-3": len(done.agreement.beyond_ties),
-                    "margins": " ".join(f"{margin:.4f}" for _, margin in done.agreement.differing),
+                    "margins": " ".join(f"{margin:.4f}" for _, margin in done.agreement.differing[:10]),
                     "largest_difference": f"{done.agreement.largest:.3g}", "differing_from_integer_reference": integers,
                     "float32_differing_from_float64": noise, "bytes": done.bytes,
                     "integer_products": sum(not f.why for f in done.forms), "float_products": len(done.in_float),
