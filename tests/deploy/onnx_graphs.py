@@ -39,7 +39,8 @@ class Build:
         where = x if isinstance(x, str) else self.constant(x)
         return self.node(
             NODE, where, np.asarray(scale), np.asarray(zero), domain=DOMAIN, qmin=low, qmax=high, offset=offset,
-            granularity=granularity, axis=axis, group_size=0, site=site or f"s{len(self.nodes)}.input", **more,
+            granularity=granularity, axis=axis, group_size=0, site=site or f"s{len(self.nodes)}.input",
+            shape=self.shapes.get(x) if isinstance(x, str) else list(np.shape(x)), **more,
         )  # fmt: skip
 
     def weight(self, values, scale, bits=4, *, granularity="channel", axis=0, site="layer.weight", offset=0.0, zero=0):

@@ -176,12 +176,20 @@ def test_matrix_product_with_a_weight(bits, offset, rank, transposed, layout):
     lowered = Lowered(build.model(out), layout)
     values = grid(x, 0.4, -1, -8, 7) @ grid(w, scales, 0, low, high, offset) + torch.from_numpy(images(7)).double()
     np.testing.assert_allclose(lowered(x), values, rtol=3e-6, atol=1e-5)
-    # ONNX Runtime takes the scale and the bias behind a MatMulInteger into the kernel
-    assert lowered.kernels["MatMulIntegerToFloat"] == 1
-    assert not {"MatMul", "Gemm", "FusedGemm", "MatMulInteger"} & set(lowered.kernels)
+    assert lowered.kernels["MatMulInteger" if rank == 2 else "MatMulIntegerToFloat"] == 1
+    assert not {"MatMul", "Gemm", "FusedGemm"} & set(lowered.kernels)
     assert lowered.lowering.forms[0].kernel == ("MatMulInteger" if rank == 2 else "MatMulIntegerToFloat")
     assert lowered.stored() == {{2: "INT2", 8: "INT8"}.get(bits, "INT4") if layout == "small" else "INT8"}
     assert not lowered.reasons
+
+
+def test_a_product_of_unknown_rank_is_on_integers_too():
+    build, x, w = Build(["n", 16]), images(3, 16), images(16, 7, seed=2)
+    q = build.quantize(build.node("Neg", "images"), 0.4, 7)
+    model = build.model(build.node("MatMul", q, build.weight(w, some_scales(7), axis=1), shape=["n", 7]))
+    lowered = Lowered(model)
+    np.testing.assert_allclose(lowered(x), plain(model)(x), rtol=1e-5, atol=1e-5)
+    assert not {"MatMul", "Gemm"} & set(lowered.kernels)
 
 
 def test_weight_with_one_scale_as_it_stands():
