@@ -42,7 +42,7 @@ def test_refused_in_one_sentence(planish, quantized, shared, tmp_path):
     ]  # fmt: skip
     for more, words in cases:
         ended = call(planish, quantized, shared, "--out", out, *more)
-        assert ended.status == 1
+        assert ended.status == 2
         assert words in ended.err
         assert "Traceback" not in ended.err
         assert out.read_bytes() == b"old"
@@ -57,5 +57,5 @@ def test_plain_weights_are_refused(planish, shared, tmp_path):
 
     save_file({"a": torch.zeros(2)}, tmp_path / "w.safetensors")
     ended = call(planish, tmp_path / "w.safetensors", shared, "--out", tmp_path / "m.onnx")
-    assert ended.status == 1
+    assert ended.status == 2
     assert "holds plain weights" in ended.err

@@ -163,7 +163,7 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_every_format_of_weights(name, tmp_path):
-    scheme = Scheme(WEIGHTS[name], Format(4, symmetric=False))
+    scheme = Scheme("own", WEIGHTS[name], Format(4, symmetric=False), edge_bits=None)
     model = quantize(sequential(), [small_images()], scheme)
     done = export(model, tmp_path / "m.onnx", preprocessing=SMALL, images=[small_images(32)])
     assert done.agreement.largest < 1e-4

@@ -54,7 +54,7 @@ def test_a_model_that_cannot_be_exported_gives_one_sentence():
 def test_taps_that_are_no_quantizers_are_named():
     model = nn.Sequential(nn.Flatten(), nn.Linear(4, 2))
     quantized = quantize(model, [torch.randn(2, 1, 2, 2)], "w4a4")
-    site = quantized.planish_assignment.quantized()[0][0]
+    site, _ = next(quantized.planish_assignment.quantized())
     replace_tap(quantized, site, nn.Identity())
     with pytest.raises(PlanishError, match="Identity"):
         network_graph(quantized, torch.randn(2, 1, 2, 2))

@@ -32,7 +32,7 @@ def conv(bits, *, after=True, zero=6, groups=1, layout="small", bias=True, out_b
     build, x = Build(["n", 4, 9, 9]), images(5, 4, 9, 9)
     w, b = images(8, 4 // groups, 3, 3, seed=2), images(8, seed=3) if bias else None
     weight_bits = weight_bits or bits
-    scales, top = some_scales(8, size=2.0**(2 - weight_bits)), 2**bits - 1
+    scales, top = some_scales(8, size=2.0 ** (2 - weight_bits)), 2**bits - 1
     step = 4.0 / top
     q = build.quantize("images", step, zero, 0, top)
     inputs = [q, build.weight(w, scales, weight_bits, site="conv.weight"), *([b] if bias else [])]

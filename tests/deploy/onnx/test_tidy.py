@@ -121,7 +121,12 @@ MOVED = {
 @pytest.mark.parametrize("op", MOVED)
 def test_quantizers_go_in_front_of_pooling_and_moves(op):
     build, x = start(("Neg", {}), (op, MOVED[op]))
-    assert kinds(tidied(build.model(build.node("Exp", build.quantize(x, 0.2, 4))))) == ["Neg", "FakeQuantize", op, "Exp"]
+    assert kinds(tidied(build.model(build.node("Exp", build.quantize(x, 0.2, 4))))) == [
+        "Neg",
+        "FakeQuantize",
+        op,
+        "Exp",
+    ]
 
 
 def test_quantizers_go_in_front_of_several_moves_and_a_relu():
