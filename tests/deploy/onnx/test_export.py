@@ -156,7 +156,7 @@ def test_products_on_integers_and_the_sizes_of_their_weights(small, tmp_path):
 
 
 WEIGHTS = {
-    "affine": Format(4, "channel", symmetric=False), "group": Format(4, "group", group_size=9),
+    "affine": Format(4, "channel", symmetric=False), "group": Format(4, "group", group_size=1),
     "half-integer": Format(2, "channel", half_integer=True), "half-integer of 8 bits": Format(8, half_integer=True),
 }  # fmt: skip
 

@@ -31,7 +31,8 @@ def test_one_node_a_quantizer_which_operands_and_outputs_find(name):
     for node in graph.graph:
         if node.op_type in ("Conv", "MatMul"):
             left, right = map(operand_of, node.inputs[:2])
-            assert left is not None and right is not None
+            assert left is not None
+            assert right is not None
             assert left.product == right.product or right.weight is None
     found = open_outputs(graph.graph)
     # the patches go into a sum with the positions; a residual network has sums that no quantizer follows
