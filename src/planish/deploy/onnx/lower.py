@@ -106,7 +106,7 @@ class Lowering:
             self.forms.append(Form(name, "float", why))
         elif node.op_type == "Conv":
             self.forms.append(self._conv(node, name, left, right))
-        elif right.weight is not None and _rank(node.inputs[0]) == 2:
+        elif right.weight is not None and _rank(node.inputs[0]) in (2, None):  # an unknown one may be 2
             self.forms.append(self._matmul_to_integers(node, name, left, right.weight))
         else:
             self.forms.append(self._matmul(node, name, left, right))
