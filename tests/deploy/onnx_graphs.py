@@ -67,9 +67,9 @@ class Build:
 class Lowered:
     """A graph lowered, in ONNX Runtime."""
 
-    def __init__(self, model, layout="small", in_float=False):
+    def __init__(self, model, layout="small", in_float=False, exact=True):
         self.model = model.clone()
-        self.lowering = Lowering(self.model.graph, layout, in_float)
+        self.lowering = Lowering(self.model.graph, layout, in_float=in_float, exact=exact)
         self.lowering.run()
         if self.lowering.has_two_bits:
             self.model.opset_imports[""] = 25

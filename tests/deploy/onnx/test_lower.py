@@ -80,6 +80,14 @@ def test_eight_bit_output_is_not_exact_and_so_stays_in_float():
     assert np.mean(np.abs(lowered(x) - values) > 1e-3) < 1e-3
 
 
+def test_a_file_that_need_not_be_exact_takes_the_fast_kernel():
+    model, x, values = conv(8, zero=100, out_bits=8)
+    lowered = Lowered(model, exact=False)
+    assert lowered.kernels["QLinearConv"] == 1
+    assert lowered.lowering.forms[0].inexact_channels
+    assert np.mean(np.abs(lowered(x) - values) > 1e-3) < 5e-2  # one code
+
+
 def test_depthwise_to_codes():
     model, x, values = conv(4, groups=4)
     lowered = Lowered(model)

@@ -58,6 +58,10 @@ class Exported:
             f"integer kernels: {_counted(integer)}; float products: {_counted(floats)}",
             *(f"in float: {form.name}: {form.why}" for form in self.in_float),
         ]
+        if inexact := sum(form.inexact_channels for form in self.forms):
+            lines.append(
+                f"{inexact} channels of convolutions may round to the next code where a sum lies near a border"
+            )
         if self.output_grids:
             lines.append(
                 f"{self.output_grids} outputs of convolutions and sums have a grid of 8 bits, which the model has not"
@@ -157,7 +161,8 @@ def _graph(model: nn.Module, prepared: Preprocessing, layout: str, calibration: 
         batches = ((b[0] if isinstance(b, (tuple, list)) else b).float().cpu().numpy() for b in calibration)
         grids = add_output_grids(graph, batches)
         tidy(graph.graph)
-    lowering = Lowering(graph.graph, layout)
+    # with grids of its own the file is no longer the network to the bit
+    lowering = Lowering(graph.graph, layout, exact=not grids)
     lowering.run()
     if lowering.has_two_bits:
         graph.graph.opset_imports[""] = 25  # the first with 2-bit tensors

@@ -50,6 +50,7 @@ class Lowering:
     """One graph being lowered.
 
     Attributes:
+        exact: convolutions take the fastest kernel only where it rounds as the network's formula does.
         in_float: every quantizer in float arithmetic: what the network computes, for looking inside.
         forms: what became of each product that has a quantized operand.
         weights: by site, the bytes of a quantized weight in the file and in float32.
@@ -58,6 +59,7 @@ class Lowering:
 
     graph: ir.Graph
     layout: str = "small"
+    exact: bool = True
     in_float: bool = False
     forms: list[Form] = field(default_factory=list)
     weights: dict[str, tuple[int, int]] = field(default_factory=dict)
@@ -140,7 +142,9 @@ class Lowering:
         assert weight is not None
         form = None
         if reader is not None and reader.op_type == NODE and usable(read_grid(reader)):
-            form = self._conv_to_codes(node, name, left, weight, reader, exactly=not grouped and not is_own(reader))
+            form = self._conv_to_codes(
+                node, name, left, weight, reader, exactly=self.exact and not grouped and not is_own(reader)
+            )
         if form is None and grouped:
             self._stays(left, right)
             return Form(name, "float", "a grouped convolution whose output is needed in float has no integer kernel")
