@@ -191,6 +191,14 @@ def test_what_training_gives_back(method, tmp_path):
     assert all(form.why for form in done.in_float)
 
 
+def test_the_file_says_nothing_of_the_machine(networks, tmp_path):
+    model, _ = networks["resnet"]
+    export(model, tmp_path / "m.onnx", preprocessing=LOOKS)
+    content = (tmp_path / "m.onnx").read_bytes()
+    assert b".py" not in content
+    assert b"stack_trace" not in content
+
+
 def test_a_loaded_model_gives_the_same_file(networks, tmp_path):
     model, _ = networks["resnet"]
     save(model, tmp_path / "q.safetensors", recipe=RECIPES["resnet"], preprocessing=LOOKS)

@@ -22,12 +22,26 @@ def quantizers(graph: ir.Graph) -> list[ir.Node]:
 
 def tidy(graph: ir.Graph) -> None:
     """Everything below, in an order in which each step finds what the one before has laid open."""
+    forget_origins(graph)
     drop_identity_norms(graph)
     spell_out_gemm(graph)
     merge_equal(graph)
     while take_in_activations(graph) or before_pooling(graph) or before_moves(graph):
         merge_equal(graph)
     Editor(graph).sweep()
+
+
+def forget_origins(graph: ir.Graph) -> None:
+    """Take out what the exporter notes at each node: stack traces with the paths of this machine, larger than codes."""
+    for node in graph:
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in [*graph.inputs, *graph.outputs, *graph.initializers.values()]:
+        value.metadata_props.clear()
+    graph.metadata_props.clear()
+    graph.doc_string = None
 
 
 def drop_identity_norms(graph: ir.Graph) -> None:
