@@ -161,10 +161,11 @@ def test_weights(tiny, planish, tmp_path):
         ("other.safetensors", ("conv1.weight is missing; conv1.bias is missing; norm.weight is missing)",)),
         ("short.safetensors", ("not a readable checkpoint",)),
         ("object.pkl", ("object.pkl",)),
-        ("absent.pt", ("absent.pt are not there",)),
     ):
         refused(planish("run", *tiny, *RUN, "--weights", file), *words)
         refused(planish("evaluate", *tiny, file), *words)
+    refused(planish("run", *tiny, *RUN, "--weights", "absent.pt"), "absent.pt are not there")
+    refused(planish("evaluate", *tiny, "absent.pt"), "absent.pt cannot be read: No such file")
     refused(planish("evaluate", *tiny, "a.pt", "--weights", "b.pt"), "not both")
     assert not (tmp_path / "run").exists()
 
