@@ -14,11 +14,12 @@ from torch.utils.data import Subset
 from planish.cli.files import check_target
 from planish.cli.options import Export
 from planish.data import ImageData, calibration_subset, load_data, make_loader
+from planish.deploy.card import FLOAT
 from planish.deploy.checkpoint import load, read_head
 from planish.deploy.onnx.export import Exported, export
 from planish.deploy.onnx.runtime import milliseconds, quantize_static
 from planish.errors import PlanishError
-from planish.models import check_classes
+from planish.models import Preprocessing, check_classes, load_model
 from planish.network import detach
 from planish.recipes.processes import make_console
 from planish.recipes.session import free_cores, say
@@ -34,14 +35,8 @@ def execute(command: Export) -> None:
     check_target(command.out, command.overwrite)
     console = make_console()
     torch.set_num_threads(free_cores())
-    head = read_head(command.file)
-    if head is None:
-        raise PlanishError(
-            f"{command.file} holds plain weights and not what builds their network: "
-            f"give a file that planish quantize, train or flatten wrote"
-        )
-    model = load(command.file, trust=command.trust)
-    data = load_data(command.data, head.preprocessing, seed=command.seed)
+    model, looks, classes = _network(command)
+    data = load_data(command.data, looks, seed=command.seed)
     for note in data.notes:
         say(console, f"note: {note}")
     check_classes(model, data)
@@ -49,12 +44,30 @@ def execute(command: Export) -> None:
     tests = Subset(data.test, range(min(command.images, len(data.test))))  # type: ignore[arg-type]
     done = export(
         model, command.out, images=make_loader(tests, BATCH, shuffle=False, seed=0), layout=command.layout,
-        output_bits=command.output_bits, calibration=calibration, classes=head.classes or data.classes,
+        output_bits=command.output_bits, calibration=calibration, classes=classes or data.classes,
     )  # fmt: skip
     for line in [*weight_lines(done), "", str(done)]:
         console.print(line, markup=False, highlight=False, no_wrap=True, crop=False, overflow="ignore")
     if command.timing:
-        _time(command, console, model, done, calibration, head.preprocessing.input_size)
+        _time(command, console, model, done, calibration, looks.input_size)
+
+
+def _network(command: Export) -> tuple[nn.Module, Preprocessing, tuple[str, ...] | None]:
+    """The network of a file, or the one in float that is named; what its images go through; its classes if known."""
+    if not command.file.is_file():
+        if command.file.suffix == ".safetensors":
+            raise PlanishError(f"the file {command.file} is not there")
+        loaded = load_model(str(command.file), weights=command.weights, trust=command.trust)
+        return loaded.model, loaded.preprocessing, None
+    if command.weights is not None:
+        raise PlanishError(f"{command.file} is a file: --weights is for a network that is named")
+    head = read_head(command.file)
+    if head is None:
+        raise PlanishError(
+            f"{command.file} holds plain weights and not what builds their network: "
+            f"name the network, and give the file as --weights"
+        )
+    return load(command.file, trust=command.trust), head.preprocessing, head.classes
 
 
 def _calibration(data: ImageData, command: Export) -> Any:
@@ -86,6 +99,8 @@ def _time(command: Export, console: Any, model: nn.Module, done: Exported, calib
         bare.planish_assignment = None  # type: ignore[assignment]
         size = export(bare, floats).bytes
         files = {"float32": floats, "onnxruntime int8": theirs, f"planish {done.scheme}": done.path}
+        if done.scheme == FLOAT:
+            del files[f"planish {FLOAT}"]
         try:
             quantize_static(floats, theirs, calibration)
         except Exception as error:  # its own errors are many; the file itself is written and checked

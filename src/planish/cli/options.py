@@ -113,7 +113,9 @@ class Export:
     """Write a quantized network as an ONNX file for stock ONNX Runtime, check it, and time it."""
 
     file: Positional[Annotated[Path, arg(metavar="FILE")]]
-    """what planish quantize, train, flatten or run wrote"""
+    """what planish quantize or train wrote; or the name of a network, as for --model, for a file in float"""
+    weights: OptionalPath = None
+    """weights of the network that is named, such as those that planish flatten wrote"""
     out: Path = Path("model.onnx")
     """the ONNX file"""
     overwrite: bool = False
