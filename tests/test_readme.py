@@ -10,7 +10,7 @@ import planish
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_the_ten_lines(monkeypatch, capsys):
+def test_the_ten_lines(monkeypatch, capsys, tmp_path):
     torch.set_num_threads(1)
     (block,) = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
     lines = [line for line in block.splitlines() if line.strip()]
@@ -26,11 +26,13 @@ def test_the_ten_lines(monkeypatch, capsys):
         return data
 
     monkeypatch.setattr(planish, "load_data", fewer, raising=False)
+    monkeypatch.chdir(tmp_path)  # it writes files
     exec(compile(block.replace("epochs=6", "epochs=1"), str(README), "exec"), {})
     shown = capsys.readouterr().out
     assert "conv1.3.weight" in shown
     assert "w3a3" in shown
     assert "top1" in shown
+    assert (tmp_path / "model.safetensors").stat().st_size < (tmp_path / "model.onnx").stat().st_size < 400_000
     assert float(re.search(r"'top1': ([0-9.]+)", shown)[1]) > 0.6
 
 

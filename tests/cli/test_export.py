@@ -62,10 +62,10 @@ def test_plain_weights_are_refused(planish, shared, tmp_path):
 
 
 def test_a_network_that_is_named_becomes_a_file_in_float(planish, shared, tmp_path):
-    ended = planish("export", "convnet", "--out", "float.onnx", "--images", "20", "--no-timing")
+    ended = planish("export", "convnet", "--out", tmp_path / "float.onnx", "--images", "20", "--no-timing")
     assert ended.status == 0, ended.err
     assert "float.onnx: float" in ended.out
     assert "integer kernels: none" in ended.out
     assert "20 of 20 images" in ended.out
-    ended = planish("export", "absent.safetensors", "--out", "other.onnx")
+    ended = planish("export", "absent.safetensors", "--out", tmp_path / "other.onnx")
     assert (ended.status, ended.err) == (2, "planish: the file absent.safetensors is not there\n")
