@@ -93,14 +93,16 @@ def weight_lines(done: Exported) -> list[str]:
 def _time(command: Export, console: Any, model: nn.Module, done: Exported, calibration: Any, shape: Any) -> None:
     """Beside the same network in float and ONNX Runtime's ``quantize_static`` of that."""
     with tempfile.TemporaryDirectory() as folder:
-        floats, theirs = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
-        bare = copy.deepcopy(model)
-        detach(bare)
-        bare.planish_assignment = None  # type: ignore[assignment]
-        size = export(bare, floats).bytes
-        files = {"float32": floats, "onnxruntime int8": theirs, f"planish {done.scheme}": done.path}
-        if done.scheme == FLOAT:
-            del files[f"planish {FLOAT}"]
+        floats, theirs = done.path, Path(folder) / "int8.onnx"
+        if done.scheme != FLOAT:
+            floats = Path(folder) / "float.onnx"
+            bare = copy.deepcopy(model)
+            detach(bare)
+            bare.planish_assignment = None  # type: ignore[assignment]
+            export(bare, floats)
+        files = {"float32": floats, "onnxruntime int8": theirs}
+        if done.scheme != FLOAT:
+            files[f"planish {done.scheme}"] = done.path
         try:
             quantize_static(floats, theirs, calibration)
         except Exception as error:  # its own errors are many; the file itself is written and checked
@@ -112,5 +114,5 @@ def _time(command: Export, console: Any, model: nn.Module, done: Exported, calib
             times = "  ".join(
                 f"{taken[b][name]:9.3f} ms ({taken[b][name] / taken[b]['float32']:.2f}x)" for b in BATCHES
             )
-            share = path.stat().st_size / size
+            share = path.stat().st_size / floats.stat().st_size
             say(console, f"{name:18s} {path.stat().st_size / 1e6:9.3f} MB ({share:.3f}x)  {times}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections import Counter
 
 import numpy as np
 import onnx
@@ -16,8 +17,8 @@ from planish.deploy.checkpoint import load, save
 from planish.deploy.classify import Classifier
 from planish.deploy.onnx import export as module
 from planish.deploy.onnx import graph
-from planish.deploy.onnx.export import count_kernels, export
-from planish.deploy.onnx.runtime import open_session
+from planish.deploy.onnx.export import export
+from planish.deploy.onnx.runtime import FLOAT, INTEGER, open_session
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from planish.ptq import quantize
@@ -36,6 +37,15 @@ def sequential(*, classes=3):
         nn.Conv2d(1, 8, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, groups=8), nn.ReLU(),
         nn.Conv2d(8, 16, 1), nn.GELU(), nn.Flatten(), nn.Linear(16 * 9, classes),
     ).eval()  # fmt: skip
+
+
+def count_kernels(exported):
+    """The integer and the float products in what ONNX Runtime executes."""
+    kinds = Counter()
+    for kernel, count in exported.kernels.items():
+        if kernel in INTEGER or kernel in FLOAT:
+            kinds["integer" if kernel in INTEGER else "float"] += count
+    return kinds
 
 
 def small_images(count=8):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from planish.deploy.origin import find_preprocessing
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from planish.models.weights import write_whole
+from planish.network.batches import split_batch
 
 LAYOUTS = ("small", "fast")
 
@@ -158,7 +158,7 @@ def _graph(model: nn.Module, prepared: Preprocessing, layout: str, calibration: 
     tidy(graph.graph)
     grids = 0
     if calibration is not None:
-        batches = ((b[0] if isinstance(b, (tuple, list)) else b).float().cpu().numpy() for b in calibration)
+        batches = (split_batch(batch)[0].float().cpu().numpy() for batch in calibration)
         grids = add_output_grids(graph, batches)
         tidy(graph.graph)
     # with grids of its own the file is no longer the network to the bit
@@ -186,12 +186,3 @@ def _labels(model: nn.Module, graph: Any, classes: Sequence[str] | None) -> tupl
     if len(given) != count:
         raise PlanishError(f"{len(given)} class names for {count} logits: give a name for each, in their order")
     return tuple(str(label) for label in given)
-
-
-def count_kernels(exported: Exported) -> Counter[str]:
-    """The integer and the float products in what ONNX Runtime executes."""
-    kinds = Counter[str]()
-    for kernel, count in exported.kernels.items():
-        if kernel in INTEGER or kernel in FLOAT:
-            kinds["integer" if kernel in INTEGER else "float"] += count
-    return kinds

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.deploy.card import INPUT, OUTPUT
+from planish.deploy.onnx.quiet import quiet
 from planish.deploy.operators import fake_quantize, visible_quantizers
 from planish.errors import PlanishError
 from planish.network.modes import evaluating
@@ -73,18 +73,11 @@ def _translation() -> dict[Any, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter prints and logs its own progress, which says nothing to a user of planish."""
-    names = ("torch.onnx", "onnxscript", "torch.export")
-    levels = [logging.getLogger(name).level for name in names]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    """The exporter prints, warns and logs."""
+    loggers = quiet("torch.onnx", "onnxscript", "torch.export")
+    with loggers, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        for name in names:
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for name, level in zip(names, levels, strict=True):
-                logging.getLogger(name).setLevel(level)
+        yield
 
 
 def network_graph(model: nn.Module, example: Tensor) -> Any:

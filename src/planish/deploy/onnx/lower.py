@@ -87,12 +87,10 @@ class Lowering:
 
     def _bytes(self, node: ir.Node, operand: Operand) -> None:
         """A quantizer as bytes for what is no product; pooled and moved as bytes, too."""
-        moves: list[ir.Node] = []
-        while (user := only_user((moves or [node])[-1].outputs[0])) is not None and user.op_type in KEPT:
-            if len(user.outputs) > 1:
-                break
+        last, moves = node, []
+        while (user := only_user(last.outputs[0])) is not None and user.op_type in KEPT and len(user.outputs) == 1:
+            last = user
             moves.append(user)
-        last = (moves or [node])[-1]
         values = self.activations.values(last, replace(operand, moves=tuple(moves)), signed=False)
         self.editor.replace(last.outputs[0], values)
         self.editor.remove(last)
@@ -157,7 +155,7 @@ class Lowering:
         editor, grid, out = self.editor, left.grid, read_grid(reader)
         factor = weight.factor(grid.qmax - grid.qmin)
         step, zero = float(out.scale.item()), int(out.zero_point.item())
-        bias, reach = _bias(node, len(weight.codes)), weight.reach(grid)
+        bias, reach = _bias(node, len(weight.stored)), weight.reach(grid)
         taken = float(grid.scale.item())
         matched = match(_unit(left, weight, 0), bias, step, zero, out.low, out.high, factor, reach, taken)
         if not matched.fit.all() or (exactly and not matched.exact.all()):
@@ -185,8 +183,8 @@ class Lowering:
         sums = self.editor.node(
             node, "ConvInteger", inputs, name=name, like=node.outputs[0], dtype=ir.DataType.INT32, attributes=kept
         )
-        shape = (-1, *[1] * (weight.codes.ndim - 2))
-        bias = _bias(node, len(weight.codes)).reshape(shape)
+        shape = (-1, *[1] * (weight.stored.ndim - 2))
+        bias = _bias(node, len(weight.stored)).reshape(shape)
         self._scaled(node, name, sums, _unit(left, weight, 0).reshape(shape), bias if bias.any() else None)
         return Form(name, "ConvInteger")
 

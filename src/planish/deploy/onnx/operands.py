@@ -84,7 +84,7 @@ def obstacle(node: ir.Node, left: Operand | None, right: Operand | None) -> str:
     if node.op_type == "MatMul" and left.weight is not None:
         return "its weight is the first operand"
     if right.weight is not None and right.weight.scale.size > 1:
-        last = right.weight.codes.ndim - 1
+        last = right.weight.stored.ndim - 1
         if right.weight.axis != (last if node.op_type == "MatMul" else 0):
             return f"{right.grid.site} has scales along its inputs, which no kernel sums over"
     return ""

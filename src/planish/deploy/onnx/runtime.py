@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from planish.deploy.card import INPUT
+from planish.deploy.onnx.quiet import quiet
 from planish.errors import PlanishError
+from planish.network.batches import split_batch
 from planish.network.modes import evaluating
 
 INTEGER = {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
@@ -88,7 +90,7 @@ def compare(model: nn.Module, session: Any, images: Iterable[Any], what: str = "
     count, largest = 0, 0.0
     with evaluating(model):
         for batch in images:
-            batch = batch[0] if isinstance(batch, (tuple, list)) else batch
+            batch = split_batch(batch)[0]
             expected = model(batch).float().cpu().numpy()
             (got,) = session.run(None, {INPUT: batch.float().cpu().numpy()})
             ordered = np.sort(expected, axis=1)
@@ -138,22 +140,13 @@ def quantize_static(model: Path, target: Path, images: Iterable[Any]) -> None:
             self.batches = iter(images)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self.batches, None)
-            batch = batch[0] if isinstance(batch, (tuple, list)) else batch
+            batch = split_batch(next(self.batches, None))[0]
             return None if batch is None else {INPUT: batch.float().cpu().numpy()}
 
-    import logging
-
-    logger = logging.getLogger()
-    level = logger.level
-    logger.setLevel(logging.ERROR)  # it warns about axes of norms
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            prepared = Path(folder) / "prepared.onnx"
-            quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
-            theirs(
-                str(prepared), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-                activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-            )  # fmt: skip
-    finally:
-        logger.setLevel(level)
+    with quiet(""), tempfile.TemporaryDirectory() as folder:  # it warns about axes of norms
+        prepared = Path(folder) / "prepared.onnx"
+        quant_pre_process(str(model), str(prepared), skip_symbolic_shape=True)
+        theirs(
+            str(prepared), str(target), Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+            activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        )  # fmt: skip

@@ -46,7 +46,7 @@ class WeightCodes:
         if permutation is not None:
             q = q.transpose(permutation)
             axis = None if axis is None else list(permutation).index(axis)
-        symmetric = not np.any(grid.zero_point) and grid.qmin < 0
+        symmetric = not np.any(grid.zero_point) and grid.signed
         # codes of up to b bits; a width that ONNX has no type for takes the next one
         bits = (grid.qmax - grid.qmin).bit_length()
         return WeightCodes(
