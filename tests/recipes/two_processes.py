@@ -52,5 +52,6 @@ def commands(folder: Path) -> dict[str, int]:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests that run in the background inherit SIG_IGN
     os.chdir(sys.argv[1])
     print("\n" + json.dumps(commands(Path(sys.argv[1]))))
