@@ -1,0 +1,119 @@
+"""Rounding imitated by a gain and independent noise: what the noise model says a quantizer will do to a network.
+
+The best linear description of ``Q(x)`` by ``x`` is ``Q(x) = gain * x + rest`` with a rest that is uncorrelated with x
+(Bussgang 1952). With many bits the gain is 1 and the rest has the variance ``s^2 / 12``; with few bits small values are
+rounded to zero and large ones cut off, the gain leaves 1, and noise alone no longer says what happens. Here the rest is
+replaced by Gaussian noise of its mean and variance, drawn independently for every element: if a network under the
+imitation loses what the rounded one loses, then the noise model holds, and its loss could be known without rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from planish.flatness.subject import Batch, Subject
+from planish.ptq.sensitivity import kl_divergence
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """``Q(x) = gain * x + rest``: the gain, and mean and variance of the rest where x is not zero. They broadcast."""
+
+    gain: Tensor
+    mean: Tensor
+    variance: Tensor
+
+
+def decompose(x: Tensor, rounded: Tensor, axis: int | None = None) -> Decomposition:
+    """The best linear description of ``rounded`` by ``x``, over everything or for each index along ``axis``.
+
+    An exact zero stays a zero on every grid, so mean and variance are those of the values that are not zero. A tensor
+    of zeros has gain 1 and no rest.
+    """
+    x, rounded = x.double(), rounded.double()
+    dims = [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
+
+    def total(values: Tensor) -> Tensor:
+        return values.sum(dims, keepdim=True)
+
+    power, present = total(x * x), (x != 0).double()
+    gain = torch.where(power > 0, total(rounded * x) / power.clamp(min=1e-300), torch.ones_like(power))
+    rest = rounded - gain * x
+    count = total(present).clamp(min=1)
+    mean = total(rest * present) / count
+    variance = total((rest - mean).square() * present) / count
+    return Decomposition(gain, mean, variance)
+
+
+class Imitator(nn.Module):
+    """A tap that passes ``gain * x + mean + deviation * noise`` in place of the quantizer's output.
+
+    A weight is drawn once and kept, as a rounded weight is; an activation anew in each pass.
+    """
+
+    def __init__(self, quantizer: nn.Module, *, axis: int | None, keep: bool, seed: int) -> None:
+        super().__init__()
+        self.quantizer, self.axis, self.keep = quantizer, axis, keep
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kept: Tensor | None = None
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        if self.kept is not None:
+            return self.kept
+        parts = decompose(x, self.quantizer(x), self.axis)
+        noise = torch.randn(x.shape, generator=self.generator).to(x.device)  # drawn on the CPU: the same on any device
+        rest = parts.mean.to(x.dtype) + parts.variance.sqrt().to(x.dtype) * noise
+        out = parts.gain.to(x.dtype) * x + rest * (x != 0)
+        if self.keep:
+            self.kept = out
+        return out
+
+
+def imitators(subject: Subject, quantizers: Mapping[str, nn.Module], seed: int = 0) -> dict[str, nn.Module]:
+    """An :class:`Imitator` for each quantizer, by the name of its site; weights channel by channel."""
+    sites = {site.name: (number, site) for number, site in enumerate(subject.sites)}
+    taps: dict[str, nn.Module] = {}
+    for name, quantizer in quantizers.items():
+        number, site = sites[name]
+        axis = site.channel_axis if site.is_weight else None
+        taps[name] = Imitator(quantizer, axis=axis, keep=site.is_weight, seed=1_000_003 * seed + number)
+    return taps
+
+
+@dataclass(frozen=True)
+class Imitation:
+    """What a network is worth under the imitation, averaged over draws; ``error``: of the loss, over the draws.
+
+    ``divergence`` is KL(float || imitated) in nats for an image, ``loss`` the cross-entropy, ``top1`` the share right.
+    """
+
+    scheme: str
+    divergence: float
+    loss: float
+    top1: float
+    error: float
+
+
+def imitate(
+    subject: Subject, scheme: str, *, draws: int = 2, seed: int = 0, batches: list[Batch] | None = None
+) -> Imitation:
+    """Run the network under the imitated rounding of ``scheme`` and say what it is worth on ``batches``."""
+    batches = batches or subject.batches
+    labels = torch.cat([y for _, y in batches]).cpu()
+    reference = subject.logits(batches)
+    found = []
+    for draw in range(draws):
+        with subject.tapped(imitators(subject, subject.quantizers[scheme], seed * draws + draw)):
+            logits = subject.logits(batches)
+        top1 = (logits.argmax(-1) == labels).double().mean()
+        loss = F.cross_entropy(logits.double(), labels)
+        found.append(torch.stack([kl_divergence(reference, logits).mean(), loss, top1]))
+    divergence, loss, top1 = torch.stack(found).mean(0).tolist()
+    spread = torch.stack(found)[:, 1].std().item() / draws**0.5 if draws > 1 else float("nan")
+    return Imitation(scheme, divergence, loss, top1, spread)
