@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planish.errors import PlanishError
-from planish.network import Assignment, Product, Site, attach, detach, taps_of
-from planish.network.batches import call_model, logits_of, split_batch, to_device
-from planish.ptq import quantize
+from planish.network import Assignment, Product, Site, assign, attach, fold_batchnorm, watch
+from planish.network.batches import call_model, first_image, logits_of, split_batch, to_device
+from planish.ptq.grids import watch_grids
 from planish.ptq.sensitivity import Switch
+from planish.quantizers import UniformQuantizer
 from planish.scheme import Scheme
 
 Batch = tuple[Any, Tensor]  # inputs and labels
@@ -38,7 +40,7 @@ class Subject:
     batches: list[Batch]
     products: tuple[Product, ...]
     assignments: dict[str, Assignment]
-    quantizers: dict[str, dict[str, nn.Module]]
+    quantizers: dict[str, dict[str, UniformQuantizer]]
     labelled: bool = True
     switches: dict[str, Switch] = field(default_factory=dict)
 
@@ -63,22 +65,25 @@ class Subject:
 
         Raises:
             PlanishError: no batch, no scheme, or what :func:`planish.quantize` raises.
+
+        The quantizers are those of ``planish.quantize(model, calibration, scheme, "rtn")``; here the network is
+        watched once for all schemes.
         """
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         split = [split_batch(to_device(batch, device)) for batch in batches]
         if not split or not schemes:
             raise PlanishError("there is nothing to look at: pass at least one batch of images and one scheme")
-        calibration = [inputs for inputs, _ in split] if calibration is None else list(calibration)
-        plans: dict[str, Assignment] = {}
-        quantizers: dict[str, dict[str, nn.Module]] = {}
-        for scheme in map(Scheme.parse, schemes):
-            quantized = quantize(model, calibration, scheme, "rtn", allow=allow)
-            plans[scheme.name] = quantized.planish_assignment  # type: ignore[assignment]
-            quantizers[scheme.name] = dict(taps_of(quantized))
-        detach(quantized)  # folded like every other one, and in float again
+        inputs = [x for x, _ in split]
+        calibration = inputs if calibration is None else [split_batch(to_device(b, device))[0] for b in calibration]
+        twin = copy.deepcopy(model).eval().requires_grad_(False)
+        fold_batchnorm(twin, calibration[0])  # as the first pass of every method does
+        allow = (allow,) if isinstance(allow, str) else tuple(allow)
+        watched = watch(twin, first_image(inputs[0]))
+        plans = {scheme.name: assign(watched, scheme, allow=allow) for scheme in map(Scheme.parse, schemes)}
+        quantizers = _fit(twin, plans, calibration)
         products = next(iter(plans.values())).products
         labelled = all(labels is not None for _, labels in split)
-        subject = cls(quantized, [], products, plans, quantizers, labelled)
+        subject = cls(twin, [], products, plans, quantizers, labelled)
         subject.batches = [(x, y if labelled else subject._answers(x)) for x, y in split]  # type: ignore[misc]
         subject.attach_switches()
         return subject
@@ -112,7 +117,7 @@ class Subject:
             for name, tap in before.items():  # type: ignore[assignment]
                 self.switches[name].quantizer = tap
 
-    def grids(self, scheme: str, *, weights: bool = True, activations: bool = True) -> dict[str, nn.Module]:
+    def grids(self, scheme: str, *, weights: bool = True, activations: bool = True) -> dict[str, UniformQuantizer]:
         """The quantizers of a scheme, of weights, of activations, or of both."""
         is_weight = {site.name: site.is_weight for site in self.sites}
         wanted = {True: weights, False: activations}
@@ -132,3 +137,20 @@ class Subject:
     @torch.no_grad()
     def _answers(self, inputs: Any) -> Tensor:
         return logits_of(call_model(self.model, inputs)).argmax(-1)
+
+
+def _fit(
+    model: nn.Module, plans: Mapping[str, Assignment], calibration: Sequence[Any]
+) -> dict[str, dict[str, UniformQuantizer]]:
+    """Calibrated rounding's quantizers for every scheme."""
+    fitted: dict[str, dict[str, UniformQuantizer]] = {name: {} for name in plans}
+    alike: dict[Any, list[str]] = {}  # schemes that differ in nothing but widths are watched for together
+    for name, plan in plans.items():
+        key = frozenset((site.name, replace(fmt, bits=8)) for site, fmt in plan.quantized())
+        alike.setdefault(key, []).append(name)
+    for names in alike.values():
+        first = plans[names[0]]
+        fit = watch_grids(model, first.products, {s.name: fmt for s, fmt in first.quantized()}, calibration)
+        for name in names:
+            fitted[name] = {site.name: fit(site, fmt) for site, fmt in plans[name].quantized()}
+    return fitted

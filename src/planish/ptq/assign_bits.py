@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.network import Site, attach, detach, taps_of
-from planish.network.batches import call_model
+from planish.network import Site, taps_of
 from planish.ptq.budget import Budget, choose, say_cost
+from planish.ptq.grids import watch_grids
 from planish.ptq.passes import Calibration, Pass
-from planish.ptq.rounding import Calibrate, Round, _derived_weights, _named, _Watcher
+from planish.ptq.rounding import Calibrate, Round
 from planish.ptq.sensitivity import every_nth, fisher_losses, measured_losses
 from planish.ptq.widths import Layer, Widths, all_costs, find_layers, format_at, options_of, overrides_for
 from planish.quantizers import UniformQuantizer
@@ -181,32 +181,14 @@ def _never_growing(loss: dict[Part, float]) -> dict[Part, float]:
 
 def _grids(calibration: Calibration, watched: Sequence[Layer]) -> Callable[[Site, int], UniformQuantizer]:
     """A function that makes the quantizer of a weight, or of an activation of the ``watched`` layers, at a width."""
-    model, plan = calibration.model, calibration.assignment
-    derived = _derived_weights(calibration)
-    detach(model)
-    watchers: dict[str, nn.Module] = {}
-    if watched:
-        names = {site.name for layer in watched for site in layer.activations}
-        formats = {site.name: fmt for site, fmt in plan.quantized() if site.name in names}
-        watchers = attach(
-            model, plan.products, lambda site: _Watcher(site, formats[site.name]) if site.name in formats else None
-        )
-        for batch in calibration.batches:
-            call_model(model, batch)
-        detach(model)
+    plan = calibration.assignment
+    names = {site.name for layer in watched for site in layer.activations}
+    formats = {site.name: fmt for site, fmt in plan.quantized() if site.is_weight or site.name in names}
+    fit = watch_grids(calibration.model, plan.products, formats, calibration.batches)
 
     def quantizer(site: Site, bits: int) -> UniformQuantizer:
         before = plan.formats[site.name]
         assert before is not None
-        fmt = format_at(plan.scheme, site, before, bits)
-        if not site.is_weight:
-            watchers[site.name].format = fmt  # type: ignore[assignment]  # what it saw does not depend on the bits
-            return _named(site, fmt, watchers[site.name])
-        weight = model.get_submodule(site.owner)._parameters[site.slot] if site.parameter else derived[site.name]
-        assert weight is not None
-        try:
-            return UniformQuantizer(fmt, channel_axis=site.channel_axis or 0).fit(weight)
-        except PlanishError as error:
-            raise PlanishError(f"{site.name}: {error}") from None
+        return fit(site, format_at(plan.scheme, site, before, bits))
 
     return quantizer

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.network import Site, attach, fold_batchnorm
+from planish.network import Product, Site, attach, fold_batchnorm
 from planish.network.batches import call_model
 from planish.network.taps import taps_of
 from planish.ptq.passes import Calibration
@@ -41,7 +42,7 @@ class Calibrate:
         weights = {name: tap for name, tap in taps_of(model) if name not in formats}  # if they were rounded before
 
         def watcher(site: Site) -> nn.Module | None:
-            return _Watcher(site, formats[site.name]) if site.name in formats else None
+            return Watcher(site, formats[site.name]) if site.name in formats else None
 
         watchers = attach(model, plan.products, watcher)
         model.eval()
@@ -51,12 +52,12 @@ class Calibrate:
         def quantizer(site: Site) -> nn.Module | None:
             if site.name not in formats:
                 return weights.get(site.name)
-            return _named(site, formats[site.name], watchers[site.name])
+            return named_quantizer(site, formats[site.name], watchers[site.name])
 
         attach(model, plan.products, quantizer)
 
 
-class _Watcher(RunningRange):
+class Watcher(RunningRange):
     """A running range whose errors say at which site they occurred."""
 
     def __init__(self, site: Site, fmt: Format) -> None:
@@ -70,7 +71,7 @@ class _Watcher(RunningRange):
             raise PlanishError(f"{self.site.name}: {error}") from None
 
 
-def _named(site: Site, fmt: Format, watcher: nn.Module) -> UniformQuantizer:
+def named_quantizer(site: Site, fmt: Format, watcher: nn.Module) -> UniformQuantizer:
     assert isinstance(watcher, RunningRange)
     tap = UniformQuantizer(fmt)
     try:
@@ -122,11 +123,18 @@ def _derived_weights(calibration: Calibration) -> dict[str, torch.Tensor]:
     """The weights that are computed from parameters on the way (standardized convolutions, slices of a projection)."""
     model, plan = calibration.model, calibration.assignment
     wanted = {site.name for site, _ in plan.quantized() if site.is_weight and not site.parameter}
+    return catch(model, plan.products, wanted, calibration.batches[0])
+
+
+def catch(
+    model: nn.Module, products: Sequence[Product], wanted: Collection[str], inputs: Any
+) -> dict[str, torch.Tensor]:
+    """What passes the sites of these names for one batch of inputs; the other taps stay where they are."""
     if not wanted:
         return {}
     present = dict(taps_of(model))
     catches = {name: _Catch() for name in wanted}
-    attach(model, plan.products, lambda site: catches.get(site.name) or present.get(site.name))
-    call_model(model, calibration.batches[0])
-    attach(model, plan.products, lambda site: present.get(site.name))
-    return {name: catch.value for name, catch in catches.items()}
+    attach(model, products, lambda site: catches.get(site.name) or present.get(site.name))
+    call_model(model, inputs)
+    attach(model, products, lambda site: present.get(site.name))
+    return {name: one.value for name, one in catches.items()}

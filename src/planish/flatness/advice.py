@@ -1,0 +1,132 @@
+"""What to do next, in sentences: each from a measurement of what it would bring."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from planish.flatness.subject import Batch, Subject
+
+SPARED = "w8a8"  # what a product is lifted to
+CLEAR = 2.0  # standard errors that a gain has to be above zero
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A sentence, and what it rests on.
+
+    ``gain`` is in top-1 (a fraction) on the images looked at, ``gain_error`` its standard error over them, ``bytes``
+    what the file grows by. All three are ``None`` for advice that is not about one product.
+    """
+
+    text: str
+    product: str | None = None
+    gain: float | None = None
+    gain_error: float | None = None
+    bytes: float | None = None
+
+
+@dataclass(frozen=True)
+class Spared:
+    """A network at few bits with one product at 8: what that brings, and what it costs."""
+
+    product: str
+    gain: float
+    gain_error: float
+    loss: float  # nats that it saves
+    bytes: float
+
+
+def spare(subject: Subject, scheme: str, product: str, batches: list[Batch] | None = None) -> Spared:
+    """Round everything by ``scheme`` but lift the sites of one product to 8 bits; compare with lifting none.
+
+    A site that another product shares is lifted there, too. The standard error is that of the paired difference.
+    """
+    sites = [site for p in subject.products if p.name == product for site in p.sites]
+    low: dict[str, Any] = subject.quantizers[scheme]
+    high: dict[str, Any] = subject.quantizers[SPARED]
+    lifted = {site.name: high[site.name] for site in sites if site.name in high and site.name in low}
+    labels = torch.cat([y for _, y in batches or subject.batches]).cpu()
+    with subject.tapped(low):
+        before, loss_before = _right(subject, labels, batches)
+        with subject.tapped(lifted):
+            after, loss_after = _right(subject, labels, batches)
+    difference = after - before
+    error = difference.std().item() / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
+    formats = {name: (low[name].format.bits, high[name].format.bits) for name in lifted}
+    grown = sum(
+        torch.Size(site.shape).numel() * (formats[site.name][1] - formats[site.name][0]) / 8
+        for site in sites
+        if site.is_weight and site.name in formats
+    )
+    return Spared(product, difference.mean().item(), error, (loss_before - loss_after).mean().item(), grown)
+
+
+def _right(subject: Subject, labels: Tensor, batches: list[Batch] | None) -> tuple[Tensor, Tensor]:
+    """1 where the network is right and 0 where not, and the cross-entropy, image by image."""
+    logits = subject.logits(batches).double()
+    return (logits.argmax(-1) == labels).double(), torch.nn.functional.cross_entropy(logits, labels, reduction="none")
+
+
+def about_products(spared: Sequence[Spared], images: int) -> list[Advice]:
+    """A sentence for each product that was spared, the one that brings most first."""
+    advice = []
+    for one in sorted(spared, key=lambda s: (s.gain, s.loss), reverse=True):
+        points = 100 * one.gain
+        clear = one.gain > CLEAR * one.gain_error
+        cost = f"and {size(one.bytes)}" if one.bytes else "and no bytes of the file"
+        if clear:
+            text = f"{one.product}: keep it at 8 bits for {points:+.1f} points {cost}"
+        else:
+            text = f"{one.product} loses much by itself, but at 8 bits it brings {points:+.1f} points {cost}"
+        text += f" (top-1 on the {images} images looked at, ± {100 * one.gain_error:.1f})."
+        advice.append(Advice(text, one.product, one.gain, one.gain_error, one.bytes))
+    return advice
+
+
+def about_parts(scheme: str, weights: float, activations: float, interaction: float) -> Advice:
+    """Which half of the scheme loses more, and what helps there. Arguments: the parts of the loss increase in nats."""
+    whole = weights + activations + interaction
+    shares = f"{weights:.3g} of {whole:.3g} nats by the weights alone, {activations:.3g} by the activations alone"
+    if interaction > max(weights, activations):
+        return Advice(
+            f"At {scheme} the errors of weights and activations do most damage together ({shares}): raise the bits "
+            f"of either side, or flatten the network under both."
+        )
+    if weights > 2 * activations:
+        return Advice(
+            f"At {scheme} the weights lose most ({shares}): learn their rounding (--method fast, best-cnn or "
+            f"best-vit), or flatten the network first (planish flatten)."
+        )
+    if activations > 2 * weights:
+        return Advice(
+            f"At {scheme} the activations lose most ({shares}): give them more bits than the weights, or learn their "
+            f"ranges (--method qdrop)."
+        )
+    return Advice(f"At {scheme} weights and activations lose about the same ({shares}).")
+
+
+def about_bits(float_top1: float, top1: Sequence[tuple[str, float]], allowed: float = 0.01) -> Advice:
+    """How low this network goes by rounding alone. ``top1``: measured, by scheme, from most to fewest bits."""
+    kept = [scheme for scheme, value in top1 if float_top1 - value <= allowed]
+    lost = [(scheme, value) for scheme, value in top1 if float_top1 - value > allowed]
+    points = f"{100 * allowed:.0f} point{'' if round(100 * allowed) == 1 else 's'}"
+    good = f"Rounding alone keeps {kept[-1]} within {points} of float" if kept else f"No scheme stays within {points}"
+    if not lost:
+        return Advice(f"{good}: nothing else is needed there.")
+    scheme, value = lost[0]
+    return Advice(
+        f"{good}; {scheme} loses {100 * (float_top1 - value):.1f} points by rounding alone, where a better method, "
+        f"flattening or training is worth its time."
+    )
+
+
+def size(count: float) -> str:
+    """``840 bytes``, ``12 kB``, ``3.1 MB``."""
+    if count < 1000:
+        return f"{count:.0f} bytes"
+    return f"{count / 1e3:.1f} kB" if count < 1e6 else f"{count / 1e6:.2f} MB"

@@ -1,0 +1,64 @@
+"""Advice rests on what was measured: lifting a product to 8 bits is what it is said to be."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from planish.flatness.advice import Spared, about_bits, about_parts, about_products, size, spare
+from planish.flatness.subject import Subject
+from planish.ptq import quantize
+from planish.scheme import Scheme
+from tests.flatness.networks import attention_net, conv_net, images
+
+
+@pytest.mark.parametrize(("build", "product"), [(conv_net, "3.conv2d"), (attention_net, "attn.qkv.linear")])
+def test_a_spared_product_is_the_network_with_that_product_at_eight_bits(build, product):
+    model = build()
+    batches = images(model, count=100, batch=50)
+    subject = Subject.prepare(model, batches, ["w2a2", "w8a8"])
+    spared = spare(subject, "w2a2", product)
+    labels, inputs = torch.cat([y for _, y in batches]), [x for x, _ in batches]
+    mixed = replace(Scheme.parse("w2a2"), overrides=((product, "w8a8"),))  # the same by another way
+    logits = []
+    for scheme in ("w2a2", mixed):
+        rounded = quantize(model, inputs, scheme)
+        with torch.no_grad():
+            logits.append(torch.cat([rounded(x) for x in inputs]))
+    low, high = logits
+    right = [(found.argmax(-1) == labels).double() for found in logits]
+    assert spared.gain == pytest.approx((right[1] - right[0]).mean().item())
+    assert spared.gain_error == pytest.approx((right[1] - right[0]).std().item() / 10)
+    saved = F.cross_entropy(low.double(), labels) - F.cross_entropy(high.double(), labels)
+    assert spared.loss == pytest.approx(saved.item(), abs=1e-6)
+    weights = model.get_submodule(product.rpartition(".")[0]).weight.numel()
+    assert spared.bytes == weights * 6 / 8
+
+
+def test_the_best_comes_first_and_scatter_is_called_by_its_name():
+    clear, vague = Spared("b", 0.08, 0.01, 0.1, 12_000), Spared("a", 0.01, 0.02, 0.3, 0)
+    first, second = about_products([vague, clear], 512)
+    assert first.text == "b: keep it at 8 bits for +8.0 points and 12.0 kB (top-1 on the 512 images looked at, ± 1.0)."
+    assert second.text.startswith("a loses much by itself, but at 8 bits it brings +1.0 points and no bytes")
+    assert (first.product, first.gain, first.bytes) == ("b", 0.08, 12_000)
+
+
+def test_the_half_that_loses_most_is_named():
+    assert "the weights lose most (0.3 of 0.36 nats" in about_parts("w2a4", 0.3, 0.05, 0.01).text
+    assert "the activations lose most" in about_parts("w4a2", 0.05, 0.3, 0.01).text
+    assert "together" in about_parts("w2a2", 0.1, 0.1, 0.5).text
+    assert "about the same" in about_parts("w4a4", 0.1, 0.11, 0.01).text
+
+
+def test_how_low_rounding_goes():
+    text = about_bits(0.9, [("w8a8", 0.9), ("w4a4", 0.893), ("w3a3", 0.8)]).text
+    assert text.startswith("Rounding alone keeps w4a4 within 1 point of float; w3a3 loses 10.0 points")
+    assert "nothing else is needed" in about_bits(0.9, [("w8a8", 0.9)]).text
+    assert about_bits(0.9, [("w4a4", 0.5)]).text.startswith("No scheme stays within 1 point; w4a4 loses 40.0 points")
+
+
+def test_sizes():
+    assert [size(c) for c in (840, 12_345, 3_140_000)] == ["840 bytes", "12.3 kB", "3.14 MB"]
