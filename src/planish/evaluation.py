@@ -47,6 +47,24 @@ def evaluate(
         PlanishError: the loader is empty or yields no labels, or a label is outside the model's classes.
     """
     logits, labels, seconds = predict(model, loader, accelerator=accelerator, progress=progress)
+    other: Tensor | None = reference if isinstance(reference, Tensor) else None
+    if isinstance(reference, nn.Module):
+        other, again, _ = predict(reference, loader, accelerator=accelerator)
+        if not torch.equal(labels, again):
+            raise PlanishError(
+                "the loader gave its images in another order the second time, so flips cannot be counted: "
+                "evaluate with shuffle=False"
+            )
+    return worth(logits, labels, other) | {"images": len(labels), "seconds": seconds}
+
+
+def worth(logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> dict[str, float]:
+    """``top1``, ``nll``, ``ece`` and, with the logits of a ``reference``, ``flip_rate``; see :func:`evaluate`.
+
+    Args:
+        logits, reference: (images, classes).
+        labels: (images,).
+    """
     classes = logits.shape[-1]
     if int(labels.max()) >= classes or int(labels.min()) < 0:
         raise PlanishError(
@@ -58,19 +76,11 @@ def evaluate(
     ece = MulticlassCalibrationError(num_classes=classes, n_bins=BINS)(logits.softmax(-1), labels)
     result = {"top1": top1.item(), "nll": nll.item(), "ece": ece.item()}
     if reference is not None:
-        if isinstance(reference, Tensor):
-            other = reference.cpu()
-        else:
-            other, again, _ = predict(reference, loader, accelerator=accelerator)
-            if not torch.equal(labels, again):
-                raise PlanishError(
-                    "the loader gave its images in another order the second time, so flips cannot be counted: "
-                    "evaluate with shuffle=False"
-                )
+        other = reference.cpu()
         if len(other) != len(logits):
             raise PlanishError(f"the reference has logits of {len(other)} images, the loader has {len(logits)} images")
         result["flip_rate"] = (logits.argmax(-1) != other.argmax(-1)).float().mean().item()
-    return result | {"images": len(labels), "seconds": seconds}
+    return result
 
 
 @torch.no_grad()
