@@ -9,7 +9,7 @@ imitation loses what the rounded one loses, then the noise model holds, and its 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planish.flatness.subject import Batch, Subject
+from planish.network import Product, Site
 from planish.ptq.sensitivity import kl_divergence
 
 
@@ -29,17 +30,17 @@ class Decomposition:
     variance: Tensor
 
 
-def decompose(x: Tensor, rounded: Tensor, axis: int | None = None) -> Decomposition:
-    """The best linear description of ``rounded`` by ``x``, over everything or for each index along ``axis``.
+def decompose(x: Tensor, rounded: Tensor, dims: Sequence[int] | None = None) -> Decomposition:
+    """The best linear description of ``rounded`` by ``x``, with one gain for all elements along ``dims`` (None: all).
 
     An exact zero stays a zero on every grid, so mean and variance are those of the values that are not zero. A tensor
     of zeros has gain 1 and no rest.
     """
     x, rounded = x.double(), rounded.double()
-    dims = [d for d in range(x.dim()) if axis is None or d != axis % x.dim()]
+    over = list(range(x.dim()) if dims is None else dims)
 
     def total(values: Tensor) -> Tensor:
-        return values.sum(dims, keepdim=True)
+        return values.sum(over, keepdim=True) if over else values
 
     power, present = total(x * x), (x != 0).double()
     gain = torch.where(power > 0, total(rounded * x) / power.clamp(min=1e-300), torch.ones_like(power))
@@ -50,15 +51,29 @@ def decompose(x: Tensor, rounded: Tensor, axis: int | None = None) -> Decomposit
     return Decomposition(gain, mean, variance)
 
 
+def shared_dims(product: Product, site: Site, dims: int) -> list[int]:
+    """The dimensions of a tensor of ``dims`` dimensions over which the moments of its error are taken.
+
+    A weight has moments of its own in each output channel, an activation in each feature: a feature that is nearly
+    constant is rounded in the same direction in every image, and one gain for a whole layer does not show that.
+    """
+    if site.is_weight:
+        return [d for d in range(dims) if site.channel_axis is None or d != site.channel_axis % dims]
+    if product.operator.startswith("conv"):  # (images, channels, ...)
+        return [0, *range(2, dims)]
+    tokens = [] if dims < 3 else [dims - 1 if site.slot.endswith("_key") else dims - 2]  # a key comes transposed
+    return [0, *tokens]
+
+
 class Imitator(nn.Module):
     """A tap that passes ``gain * x + mean + deviation * noise`` in place of the quantizer's output.
 
     A weight is drawn once and kept, as a rounded weight is; an activation anew in each pass.
     """
 
-    def __init__(self, quantizer: nn.Module, *, axis: int | None, keep: bool, seed: int) -> None:
+    def __init__(self, quantizer: nn.Module, product: Product, site: Site, seed: int) -> None:
         super().__init__()
-        self.quantizer, self.axis, self.keep = quantizer, axis, keep
+        self.quantizer, self.product, self.site = quantizer, product, site
         self.generator = torch.Generator().manual_seed(seed)
         self.kept: Tensor | None = None
 
@@ -66,24 +81,23 @@ class Imitator(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.kept is not None:
             return self.kept
-        parts = decompose(x, self.quantizer(x), self.axis)
+        parts = decompose(x, self.quantizer(x), shared_dims(self.product, self.site, x.dim()))
         noise = torch.randn(x.shape, generator=self.generator).to(x.device)  # drawn on the CPU: the same on any device
         rest = parts.mean.to(x.dtype) + parts.variance.sqrt().to(x.dtype) * noise
         out = parts.gain.to(x.dtype) * x + rest * (x != 0)
-        if self.keep:
+        if self.site.is_weight:
             self.kept = out
         return out
 
 
 def imitators(subject: Subject, quantizers: Mapping[str, nn.Module], seed: int = 0) -> dict[str, nn.Module]:
-    """An :class:`Imitator` for each quantizer, by the name of its site; weights channel by channel."""
-    sites = {site.name: (number, site) for number, site in enumerate(subject.sites)}
-    taps: dict[str, nn.Module] = {}
-    for name, quantizer in quantizers.items():
-        number, site = sites[name]
-        axis = site.channel_axis if site.is_weight else None
-        taps[name] = Imitator(quantizer, axis=axis, keep=site.is_weight, seed=1_000_003 * seed + number)
-    return taps
+    """An :class:`Imitator` for each quantizer, by the name of its site."""
+    owners = {site.name: (product, site) for product in reversed(subject.products) for site in product.sites}
+    numbers = {site.name: number for number, site in enumerate(subject.sites)}
+    return {
+        name: Imitator(quantizer, *owners[name], seed=1_000_003 * (seed + 1) + numbers[name])
+        for name, quantizer in quantizers.items()
+    }
 
 
 @dataclass(frozen=True)
