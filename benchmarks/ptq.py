@@ -49,8 +49,13 @@ class Material:
 
     model: nn.Module
     checkpoint: str
-    calibration: list[Tensor]
+    labelled: list[tuple[Tensor, Tensor]]  # the labels are for other benchmarks
     test: Any
+
+    @property
+    def calibration(self) -> list[Tensor]:
+        """The images alone."""
+        return [images for images, _ in self.labelled]
 
 
 def embedded(name: str, seed: int, shared: Path) -> Material:
@@ -58,11 +63,11 @@ def embedded(name: str, seed: int, shared: Path) -> Material:
     loaded = load_model(name)
     data = load_data(None, loaded.preprocessing, seed=seed)
     subset = calibration_subset(data.train, data.train_labels, 512, seed)
-    calibration = [batch[0] for batch in make_loader(subset, 128, shuffle=False, seed=0)]
+    calibration = list(make_loader(subset, 128, shuffle=False, seed=0))
     return Material(loaded.model, loaded.weights_hash, calibration, make_loader(data.test, 500, shuffle=False, seed=0))
 
 
-def photographs(shared: Path, look: Callable[[Any], Tensor], seed: int) -> tuple[list[Tensor], Any]:
+def photographs(shared: Path, look: Callable[[Any], Tensor], seed: int) -> tuple[list[Any], Any]:
     """Half of the photographs to calibrate on, the other half to measure on."""
     from PIL import Image
 
@@ -74,7 +79,7 @@ def photographs(shared: Path, look: Callable[[Any], Tensor], seed: int) -> tuple
     first, second = (torch.from_numpy(half) for half in np.array_split(order, 2))
     labels = torch.from_numpy(file["labels"].astype(np.int64))
     test = DataLoader(TensorDataset(x[second], labels[second]), batch_size=50)
-    return list(x[first].split(50)), test
+    return list(zip(x[first].split(50), labels[first].split(50), strict=True)), test
 
 
 def vit_tiny(name: str, seed: int, shared: Path) -> Material:
