@@ -12,9 +12,8 @@ from planish.errors import PlanishError
 from planish.flatness.landscape import directions, filter_normalized, landscape_line, landscape_plane
 from planish.flatness.perturbations import gaussians, weights_of
 from planish.flatness.subject import Subject
+from tests.flatness.dense import dense_loss, mlp, plain, subject_of
 from tests.flatness.networks import attention_net, conv_net, images
-from tests.flatness.test_perturbations import dense_loss, plain
-from tests.flatness.test_responses import mlp, subject_of
 
 
 @pytest.fixture(params=[conv_net, attention_net])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from planish.errors import PlanishError
 from planish.flatness.perturbations import (
@@ -25,7 +22,7 @@ from planish.flatness.perturbations import (
     weights_of,
 )
 from planish.flatness.subject import Subject
-from planish.network import detach
+from tests.flatness.dense import dense_loss, plain
 from tests.flatness.networks import attention_net, conv_net, images
 
 
@@ -33,19 +30,6 @@ from tests.flatness.networks import attention_net, conv_net, images
 def subject(request) -> Subject:
     model = request.param()
     return Subject.prepare(model, images(model), ["w4a4"])
-
-
-def plain(subject: Subject) -> tuple[nn.Module, dict[str, str]]:
-    """The folded network without a tap, and its parameters by the names of the sites of its weights."""
-    model = copy.deepcopy(subject.model)
-    detach(model)
-    names = {s.name: f"{s.owner}.{s.slot}" for s in subject.sites if s.is_weight}
-    return model.requires_grad_(), names
-
-
-def dense_loss(model: nn.Module, parameters: dict[str, torch.Tensor], batches) -> torch.Tensor:
-    x, y = torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
-    return F.cross_entropy(torch.func.functional_call(model, parameters, (x,)), y)
 
 
 def test_along_is_exact_at_both_ends_and_goes_beyond(subject):

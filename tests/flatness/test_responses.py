@@ -15,28 +15,13 @@ from planish.flatness.perturbations import gaussians
 from planish.flatness.responses import noise_response, rounding_path
 from planish.flatness.subject import Subject
 from planish.ptq import quantize
+from tests.flatness.dense import dense_loss, mlp, plain, subject_of
 from tests.flatness.networks import attention_net, conv_net, images
-from tests.flatness.test_perturbations import dense_loss, plain
-
-
-def subject_of(model: nn.Module, *schemes: str) -> Subject:
-    return Subject.prepare(model, images(model), schemes or ["w4a4"])
 
 
 @pytest.fixture(params=[conv_net, attention_net])
 def model(request) -> nn.Module:
     return request.param()
-
-
-def mlp(scale: float = 1.0) -> nn.Module:
-    """Linear, ReLU, linear, with a factor moved from the second layer to the first one."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.ReLU(), nn.Linear(12, 5)).eval()
-    with torch.no_grad():
-        net[1].weight.mul_(scale)
-        net[1].bias.mul_(scale)
-        net[3].weight.div_(scale)
-    return net
 
 
 def test_the_path_starts_in_float_and_passes_the_rounded_network(model):
