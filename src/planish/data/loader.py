@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset, default_collate
 
 from planish.data.arrays import StackedBatch
-from planish.data.randomness import draw
+from planish.data.randomness import generator_for
 from planish.errors import PlanishError
 
 
@@ -75,8 +75,7 @@ class EpochSampler(Sampler[int]):
         self.view.set_epoch(epoch)
 
     def __iter__(self) -> Iterator[int]:
-        key = int(draw(self.seed, self.view.epoch, np.array([0]), 1)[0, 0] >> np.uint64(1))
-        yield from torch.randperm(len(self), generator=torch.Generator().manual_seed(key)).tolist()
+        yield from torch.randperm(len(self), generator=generator_for(self.seed, self.view.epoch, 0)).tolist()
 
 
 def make_loader(

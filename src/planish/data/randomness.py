@@ -7,6 +7,7 @@ of workers and on where a run was interrupted. A counter-based hash does not.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK = (1 << 64) - 1
@@ -33,3 +34,8 @@ def draw(seed: int, epoch: int, indices: np.ndarray, count: int) -> np.ndarray:
     state = _mix(state + np.array([epoch + 1], np.uint64) * golden)
     state = _mix(state + (np.asarray(indices).astype(np.uint64) + np.uint64(1)) * golden)
     return _mix(state[:, None] + np.arange(1, count + 1, dtype=np.uint64) * golden)
+
+
+def generator_for(seed: int, epoch: int, index: int) -> torch.Generator:
+    """A CPU generator of its own for one sample, a pure function of (seed, epoch, index)."""
+    return torch.Generator().manual_seed(int(draw(seed, epoch, np.array([index]), 1)[0, 0] >> np.uint64(1)))

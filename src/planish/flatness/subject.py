@@ -118,7 +118,16 @@ class Subject:
                 self.switches[name].quantizer = tap
 
     def grids(self, scheme: str, *, weights: bool = True, activations: bool = True) -> dict[str, UniformQuantizer]:
-        """The quantizers of a scheme, of weights, of activations, or of both."""
+        """The quantizers of a scheme, of weights, of activations, or of both.
+
+        Raises:
+            PlanishError: the subject was not prepared for this scheme.
+        """
+        if scheme not in self.quantizers:
+            raise PlanishError(
+                f"scheme {scheme!r} has no quantizers here: prepare the subject with it (it has "
+                f"{', '.join(self.quantizers)})"
+            )
         is_weight = {site.name: site.is_weight for site in self.sites}
         wanted = {True: weights, False: activations}
         return {name: tap for name, tap in self.quantizers[scheme].items() if wanted[is_weight[name]]}
