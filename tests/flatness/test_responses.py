@@ -62,8 +62,8 @@ def test_by_default_the_path_goes_beyond_the_rounding(model):
 def test_no_noise_is_the_clean_loss_and_much_noise_hurts(model, where):
     subject = subject_of(model)
     clean = subject.losses().mean().item()
-    points = noise_response(subject, "w4a4", (0.0, 0.5, 8.0), draws=3, where=where)
-    assert [p.sigma for p in points] == [0.0, 0.5, 8.0]
+    points = noise_response(subject, "w4a4", (0.0, 0.5, 64.0), draws=3, where=where)
+    assert [p.sigma for p in points] == [0.0, 0.5, 64.0]
     assert points[0].loss == pytest.approx(clean, rel=1e-6)
     assert points[0].error == pytest.approx(0, abs=1e-7)
     assert points[2].loss > points[1].loss

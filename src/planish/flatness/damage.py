@@ -157,7 +157,7 @@ def corruption_damage(
 
 def switched(subject: Subject, scheme: str | None = None) -> Classifier:
     """The subject's network as a function of inputs: in float, or rounded to a scheme that it was prepared with."""
-    taps: dict[str, nn.Module] = {} if scheme is None else subject.grids(scheme)
+    taps = {} if scheme is None else subject.grids(scheme)
 
     def classify(inputs: Any) -> Tensor:
         with subject.tapped(taps):

@@ -6,7 +6,7 @@ Both look at the network as it is switched when they are called: the float netwo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -73,7 +73,7 @@ def rounding_path(
         return [_path_point(subject, batches, weights, float(t)) for t in ts]
 
 
-def _path_point(subject: Subject, batches: list[Batch], grids: dict[str, nn.Module], t: float) -> PathPoint:
+def _path_point(subject: Subject, batches: list[Batch], grids: Mapping[str, nn.Module], t: float) -> PathPoint:
     labels = torch.cat([y for _, y in batches]).cpu()
     with subject.tapped({name: Along(grid, t) for name, grid in grids.items()}):
         logits = subject.logits(batches)
@@ -125,7 +125,7 @@ def noise_response(
 
 
 def _weight_noise(
-    subject: Subject, grids: dict[str, nn.Module], batches: list[Batch], sigmas: Sequence[float], draws: int,
+    subject: Subject, grids: Mapping[str, nn.Module], batches: list[Batch], sigmas: Sequence[float], draws: int,
     seed: int, relative_to_rms: bool,
 ) -> list[list[float]]:  # fmt: skip
     weights = weights_of(subject, list(grids))
@@ -141,7 +141,7 @@ def _weight_noise(
 
 
 def _activation_noise(
-    subject: Subject, grids: dict[str, nn.Module], batches: list[Batch], sigmas: Sequence[float], draws: int,
+    subject: Subject, grids: Mapping[str, nn.Module], batches: list[Batch], sigmas: Sequence[float], draws: int,
     seed: int, relative_to_rms: bool,
 ) -> list[list[float]]:  # fmt: skip
     def loss(draw: int, sigma: float) -> float:
