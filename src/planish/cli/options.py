@@ -8,7 +8,15 @@ from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
-from planish.recipes.config import ModelOptions, NoiseOptions, OptionalPath, QuantizeOptions, RunConfig, TrainOptions
+from planish.recipes.config import (
+    DiagnosisConfig,
+    ModelOptions,
+    NoiseOptions,
+    OptionalPath,
+    QuantizeOptions,
+    RunConfig,
+    TrainOptions,
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,24 @@ class Evaluate:
     models: ModelOptions = field(default_factory=ModelOptions)
     trust: bool = False
     """run the Python file that a quantized model names as its architecture"""
+
+
+@dataclass(frozen=True)
+class Diagnose(DiagnosisConfig):
+    """Measure why a network breaks at low bits: errors, curvature, sharpness, what each layer loses, what to do."""
+
+    network: Positional[Annotated[str, arg(metavar="MODEL|RUN", help_behavior_hint="")]] = ""
+    """the same as --model: vit or convnet (embedded), a timm name, or file.py:function; or the folder of a run, whose
+    arms are looked at and whose report is completed"""
+    against: Annotated[tuple[Path, ...], arg(metavar="FILE [FILE ...]", help_behavior_hint="")] = ()
+    """weights of the same network to set beside it, such as those that planish flatten wrote"""
+    out: OptionalPath = None
+    """folder of the results; default: runs/diagnose-MODEL-DATE-TIME"""
+    resume: bool = False
+    """continue the interrupted diagnosis in --out to the identical result, with its options"""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schemes", separate(self.schemes))
 
 
 @dataclass(frozen=True)

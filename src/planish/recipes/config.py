@@ -93,6 +93,21 @@ class RunConfig:
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
 
 
+@dataclass(frozen=True)
+class DiagnosisConfig:
+    """`planish diagnose`: which scheme to look at closely, and which ones beside it."""
+
+    scheme: str = "w4a4"
+    """the scheme whose errors are looked at closely"""
+    schemes: Annotated[tuple[str, ...], arg(metavar="SCHEME [SCHEME ...]")] = ("w8a8", "w6a6", "w4a4", "w3a3", "w2a4")
+    """schemes that are predicted, and measured by calibrated rounding"""
+    images: int = 0
+    """training images to look at; 0: 16 to 512, by what one costs in this network"""
+    allow: Annotated[tuple[str, ...], arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")] = ()
+    """patterns of products that may stay in float"""
+    models: ModelOptions = field(default_factory=ModelOptions)
+
+
 def flat_dict(config: Any) -> dict[str, Any]:
     """The settings as one flat dict of plain values, without the grouping."""
     values: dict[str, Any] = {}

@@ -32,6 +32,7 @@ from planish.recipes.session import StopFlag, free_cores, say, stoppable
 from planish.recipes.trained import train_arm
 from planish.recipes.work import Work
 from planish.report.environment import environment, peak_memory_mb, protocol_card
+from planish.report.files import short
 from planish.report.folder import RunFolder
 from planish.report.html import write_report
 from planish.report.summary import outcome, summarize
@@ -85,12 +86,7 @@ def _conclude(results: dict[str, Any], final: Path, console: Console) -> None:
     print_table(results["rows"], console)
     console.print()
     say(console, outcome(summarize(results["rows"])))
-    say(console, f"report: {_short(final / 'report.html')}")
-
-
-def _short(path: Path) -> Path:
-    here = Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
+    say(console, f"report: {short(final / 'report.html')}")
 
 
 def _with_threads(config: RunConfig, folder: RunFolder) -> RunConfig:
