@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from planish.flatness.curvature import curvature
 from planish.flatness.split import split_loss
 from torch import nn
 
 from planish.data import calibration_subset, load_data, make_loader
+from planish.flatness.curvature import curvature
 from planish.flatness.imitation import imitate
 from planish.flatness.landscape import landscape_line
 from planish.flatness.responses import noise_response, rounding_path

@@ -1,0 +1,69 @@
+"""How much memory the graph of a gradient takes, and how images are cut so that it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from planish.network.batches import map_tensors
+
+Batch = tuple[Any, Any]  # inputs and labels
+Gradients = Callable[[Any, Tensor], list[Tensor]]
+
+
+def plan_graphs(batches: Sequence[Batch], gradients: Gradients, memory: int) -> tuple[list[Batch], int]:
+    """Cut batches so that the graph of each takes at most a quarter of ``memory`` (or has one image).
+
+    Args:
+        batches: inputs and labels, image by image in the first dimension of every tensor.
+        gradients: computes the gradient of the loss on a batch, with its graph.
+        memory: bytes.
+
+    Returns:
+        The pieces, and how many of them, from the first, can be kept while another graph is built.
+    """
+    batches = [batch for batch in batches if len(batch[1])]
+    if not batches:
+        return [], 0
+    # what one image takes, and what the weights take however many images there are
+    inputs, labels = max(batches, key=lambda batch: len(batch[1]))
+    one, two = (graph_bytes(gradients, *_part(inputs, labels, 0, count)) for count in (1, 2))
+    per_image = two - one if len(labels) > 1 else one
+    fixed = max(0, one - per_image)
+    longest = max(1, int((memory // 4 - fixed) / max(per_image, 1)))
+    pieces = [
+        _part(inputs, labels, start, start + longest)
+        for inputs, labels in batches
+        for start in range(0, len(labels), longest)
+    ]
+    costs = [fixed + per_image * len(labels) for _, labels in pieces]
+    if sum(costs) <= memory:
+        return pieces, len(pieces)
+    kept, taken = 0, max(costs)  # room for the graph that is built and thrown away
+    while taken + costs[kept] <= memory:
+        taken += costs[kept]
+        kept += 1
+    return pieces, kept
+
+
+def graph_bytes(gradients: Gradients, inputs: Any, labels: Tensor) -> int:
+    """Bytes of all different tensors that autograd saves for a gradient with its graph."""
+    found: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes()
+        return tensor.detach()  # the tensor itself would be in a cycle with its own node
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        graph = gradients(inputs, labels)  # held until all is counted: addresses must not be used twice
+    size = sum(found.values())
+    del graph
+    return size
+
+
+def _part(inputs: Any, labels: Tensor, start: int, stop: int) -> Batch:
+    return map_tensors(inputs, lambda tensor: tensor[start:stop]), labels[start:stop]
