@@ -62,7 +62,7 @@ def _parse(arguments: list[str]) -> Any:
     commands: dict[str, Any] = {
         "run": options.Run, "flatten": options.Flatten, "quantize": options.Quantize, "train": options.Train,
         "evaluate": options.Evaluate, "export": options.Export, "classify": options.Classify,
-        "demo": options.Demo, "methods": options.Methods,
+        "demo": options.Demo, "compare": options.Compare, "methods": options.Methods,
     }  # fmt: skip
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     command = tyro.extras.subcommand_cli_from_dict(
