@@ -140,7 +140,7 @@ def _damage(random: Random, product: str, sharp: float) -> dict[str, Any]:
 
 
 def _density(sharp: float) -> dict[str, list[float]]:
-    xs = [-10 + 110 * i / 200 for i in range(201)]
+    xs = [-10 + 110 * i / 100 for i in range(101)]
     tops = [91.2 * sharp / (1 + 0.5 * i) for i in range(10)]
     ys = [math.exp(-0.5 * (x / 1.5) ** 2) + 1e-4 * sum(math.exp(-0.5 * ((x - t) / 1.0) ** 2) for t in tops) for x in xs]
     return {"x": xs, "y": ys}
@@ -164,7 +164,7 @@ def _sharpness(sharp: float) -> dict[str, Any]:
 
 
 def _landscape(random: Random, sharp: float) -> dict[str, Any]:
-    steps = [-1 + 0.1 * i for i in range(21)]
+    steps = [-1 + 0.25 * i for i in range(9)]
     tilt = random.random()
     return {
         "line": [{"t": t, "loss": 0.31 + 2.1 * sharp * t**2, "error": 0.05 * abs(t)} for t in steps],

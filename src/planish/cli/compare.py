@@ -19,7 +19,8 @@ def execute(command: Compare) -> None:
         print(line)
     print_table(found.rows)
     print()
-    for sentence in [outcome(summarize(found.rows)), *found.notes]:
+    print(" ".join(filter(None, [outcome(summarize(found.rows)), found.caution])))
+    for sentence in found.notes:
         print(sentence)
     if command.out:
         print(f"page: {write_report(found.as_results(), command.out)}")

@@ -62,6 +62,7 @@ class Comparison:
     rows: list[dict[str, Any]]
     notes: list[str]
     differences: dict[str, list[str]]  # setting: its value in each run, empty where it is not set
+    caution: str = ""  # belongs to every sentence that compares numbers of several runs
 
     def as_results(self) -> dict[str, Any]:
         """In the form of results.json, for :func:`planish.report.html.write_report`."""
@@ -75,6 +76,7 @@ class Comparison:
                 "runs": [run.name for run in self.runs],
                 "notes": self.notes,
                 "differences": self.differences,
+                "caution": self.caution,
             },
         }
 
@@ -122,9 +124,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
     notes += [f"{join(arms)}: {sentence}" for sentence, arms in [*merged.items(), *apart.items()]]
     differences = _differences(runs)
     decisive = [key for key in differences if key not in SEEDS and not key.startswith("environment.")]
-    if decisive:
-        notes.append(f"The protocols differ in {join(decisive)}: compare numbers of different runs with that in mind.")
-    return Comparison(list(runs), rows, notes, differences)
+    caution = f"The protocols of the runs differ in {join(decisive)}." if decisive else ""
+    return Comparison(list(runs), rows, notes, differences, caution)
 
 
 def _final(folder: Path) -> Path:
@@ -207,7 +208,9 @@ def _environment(key: str) -> str:
 
 
 def _together(group: Sequence[Run]) -> str:
-    return group[0].name + (f" and {len(group) - 1} more" if len(group) > 1 else "")
+    """``a``, ``a+b``, or ``a+2 more``."""
+    rest = [group[1].name] if len(group) == 2 else [f"{len(group) - 1} more"] if len(group) > 2 else []
+    return "+".join([group[0].name, *rest])
 
 
 def _count(run: Run) -> str:

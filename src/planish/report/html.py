@@ -10,10 +10,10 @@ from typing import Any
 from urllib.parse import quote
 
 from planish.report.charts import accuracy_charts
-from planish.report.diagnosis import Table, tell
+from planish.report.diagnosis import Story, Table, tell
 from planish.report.files import write_text
 from planish.report.plain import as_text, flatten_keys, to_plain
-from planish.report.summary import outcome, summarize
+from planish.report.summary import Summary, outcome, summarize
 from planish.report.svg import DARK, HEAT_DARK, HEAT_LIGHT, LIGHT
 from planish.report.table import caption
 
@@ -54,7 +54,7 @@ def render_report(results: Mapping[str, Any]) -> str:
     environment.filters["data_uri"] = data_uri
     return environment.get_template("report.html.j2").render(
         title=_title(protocol, comparison),
-        outcome=why.outcome if why.outcome and not summary.cells else outcome(summary),
+        outcome=_outcome(summary, why, comparison),
         protocol=_entries(protocol),
         environment=_entries(results.get("environment") or {}),
         summary=summary,
@@ -83,6 +83,13 @@ def rows_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     writer.writeheader()
     writer.writerows(rows)
     return file.getvalue()
+
+
+def _outcome(summary: Summary, why: Story, comparison: Mapping[str, Any]) -> str:
+    """The result in a sentence, and what has to be known with it."""
+    if why.outcome and not summary.cells:
+        return why.outcome
+    return " ".join(filter(None, [outcome(summary), as_text(comparison.get("caution"))]))
 
 
 def _title(protocol: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from planish.report.diagnosis.split import worst
 from planish.report.svg import LIGHT, MARKERS, canvas, inline, label
 
 Row = dict[str, Any]
+Kinds = dict[str, dict[str, list[Row]]]  # by kind and network
 DASHES = (0, (3, 2))
 
 
@@ -83,9 +84,9 @@ def _classes(networks: Networks) -> Picture | None:
     )
 
 
-def _kinds(networks: Networks) -> dict[str, dict[str, list[Row]]]:
+def _kinds(networks: Networks) -> Kinds:
     """Rows of corruptions by kind and network, sorted by strength."""
-    kinds: dict[str, dict[str, list[Row]]] = {}
+    kinds: Kinds = {}
     for name in networks.having("damage", "corruptions"):
         for row in networks.rows(name, "damage", "corruptions"):
             if known(number(row.get("strength"))):
@@ -100,42 +101,34 @@ def _corruptions(networks: Networks) -> Picture | None:
     kinds = _kinds(networks)
     if not kinds:
         return None
+    title = "Accuracy on spoiled images"
+    rows = {n: networks.rows(n, "damage", "corruptions") for n in networks.having("damage", "corruptions")}
+    data = rows_file("corruptions", ("kind", "strength", "float", "low_bit"), rows)
+    return Picture(title, _draw(f"{title}. {_corruption_words(networks, kinds)}", networks, kinds), data)
+
+
+def _draw(alt: str, networks: Networks, kinds: Kinds) -> str:
+    """One small chart a kind; what the network loses in float is dashed."""
     lines = -(-len(kinds) // 2)
     with canvas(400, 70 + 135 * lines, apart=True) as figure:
         grid = figure.subplots(lines, 2, squeeze=False, sharey=True).flatten()
         for axes, (kind, by_name) in zip(grid, kinds.items(), strict=False):
             for name, rows in by_name.items():
                 x, index = [number(row.get("strength")) for row in rows], networks.colour(name)
-                axes.plot(
-                    x,
-                    [100 * number(r.get("low_bit")) for r in rows],
-                    color=LIGHT[index],
-                    marker=MARKERS[index],
-                    markersize=4,
-                    linewidth=1.6,
-                )
-                axes.plot(
-                    x,
-                    [100 * number(r.get("float")) for r in rows],
-                    color=LIGHT[index],
-                    linewidth=1.2,
-                    linestyle=DASHES,
-                )
+                low_bit, in_float = ([100 * number(r.get(key)) for r in rows] for key in ("low_bit", "float"))
+                axes.plot(x, low_bit, color=LIGHT[index], marker=MARKERS[index], markersize=4, linewidth=1.6)
+                axes.plot(x, in_float, color=LIGHT[index], linewidth=1.2, linestyle=DASHES)
             axes.set_title(label(kind), loc="left", fontsize=11)
             plain_ticks(axes)
         for axes in grid[len(kinds) :]:
             axes.set_visible(False)
         figure.supxlabel("strength", fontsize=12)
         figure.supylabel("top-1 accuracy (%)", fontsize=12)
-        styles: dict[str, dict[str, Any]] = {
-            networks.scheme: {"linewidth": 1.6},
-            "float": {"linewidth": 1.2, "linestyle": (0, (3, 2))},
-        }
-        name_lines(figure, [(n, networks.colour(n)) for n in networks.having("damage", "corruptions")], styles)
-        title = "Accuracy on spoiled images"
-        svg = inline(figure, "corruptions-", f"{title}. {_corruption_words(networks, kinds)}")
-    found = {n: networks.rows(n, "damage", "corruptions") for n in networks.having("damage", "corruptions")}
-    return Picture(title, svg, rows_file("corruptions", ("kind", "strength", "float", "low_bit"), found))
+        styles: dict[str, dict[str, Any]] = {networks.scheme: {"linewidth": 1.6}}
+        styles["float"] = {"linewidth": 1.2, "linestyle": DASHES}
+        names = dict.fromkeys(name for by_name in kinds.values() for name in by_name)
+        name_lines(figure, [(name, networks.colour(name)) for name in names], styles)
+        return inline(figure, "corruptions-", alt)
 
 
 def _mean(rows: list[Row], key: str) -> float:
@@ -143,7 +136,7 @@ def _mean(rows: list[Row], key: str) -> float:
     return fmean(values) if values else NAN
 
 
-def _corruption_words(networks: Networks, kinds: dict[str, dict[str, list[Row]]]) -> str:
+def _corruption_words(networks: Networks, kinds: Kinds) -> str:
     def words(name: str, rows: list[Row]) -> str:
         low_bit, in_float = (show_percent(_mean(rows, key)) for key in ("low_bit", "float"))
         return f"{name} {low_bit} at {networks.scheme} and {in_float} in float"

@@ -123,6 +123,7 @@ def _draw_plane(
         axes.plot([0], [0], "+", color=TEXT, markersize=9, markeredgewidth=3, markeredgecolor=PAGE)
         axes.plot([0], [0], "+", color=TEXT, markersize=9, markeredgewidth=1.4)
         axes.set_aspect("equal")
+        axes.tick_params(pad=7)  # else the labels of the corner meet
         axes.set_xlabel("first direction")
         axes.set_ylabel("second direction")
         plain_ticks(axes)

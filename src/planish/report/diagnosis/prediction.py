@@ -72,47 +72,41 @@ def _predicted(row: Row) -> str:
 
 
 def _chart(networks: Networks, rows: dict[str, dict[str, Row]], schemes: list[str], data: Data) -> Picture | None:
-    if not any_known([number(r.get("top1")) for found in rows.values() for r in found.values()]):
+    values = {
+        name: {key: [100 * number(found.get(s, {}).get(key)) for s in schemes] for key in FIELDS[2:]}
+        for name, found in rows.items()
+    }
+    if not any_known([number_ for value in values.values() for number_ in value["top1"]]):
         return None
-    title, words = "Top-1, predicted and measured", []
+    title, sentences = "Top-1, predicted and measured", []
+    for name, value in values.items():
+        pairs = zip(schemes, value["top1"], value["measured_top1"], strict=True)
+        said = (f"{scheme} {show(told)} % predicted, {show(seen)} % measured" for scheme, told, seen in pairs)
+        sentences.append(f"{name}: {', '.join(said)}.")
+    return Picture(title, _draw(f"{title}. {' '.join(sentences)}", networks, values, schemes), data)
+
+
+def _draw(alt: str, networks: Networks, values: dict[str, dict[str, list[float]]], schemes: list[str]) -> str:
     with canvas() as figure:
         axes = figure.subplots()
-        for i, (name, found) in enumerate(rows.items()):
-            index = networks.colour(name)
-            x = [place + 0.1 * (i - (len(rows) - 1) / 2) for place in range(len(schemes))]
-            value = {
-                key: [100 * number(found.get(s, {}).get(key)) for s in schemes]
-                for key in ("top1", "low", "high", "measured_top1")
-            }
+        for i, (name, value) in enumerate(values.items()):
+            x = [place + 0.1 * (i - (len(values) - 1) / 2) for place in range(len(schemes))]
+            index, told = networks.colour(name), value["top1"]
             spread = [
-                [abs(t - b) if known(t - b) else 0 for t, b in zip(value["top1"], value[key], strict=True)]
-                for key in ("low", "high")
+                [abs(t - b) if known(t - b) else 0 for t, b in zip(told, value[k], strict=True)] for k in FIELDS[3:5]
             ]
             looks: dict[str, Any] = {"color": LIGHT[index], "marker": MARKERS[index], "markersize": 6}
             axes.errorbar(
-                x,
-                value["top1"],
-                yerr=spread,
-                markerfacecolor=PAGE,
-                linewidth=0,
-                elinewidth=1.3,
-                capsize=3,
-                zorder=2,
-                **looks,
+                x, told, yerr=spread, markerfacecolor=PAGE, linewidth=0, elinewidth=1.3, capsize=3, zorder=2, **looks
             )
             axes.plot(x, value["measured_top1"], linewidth=1.6, zorder=3, **looks)
-            pairs = zip(schemes, value["top1"], value["measured_top1"], strict=True)
-            words.append(
-                f"{name}: {', '.join(f'{s} {show(p)} % predicted, {show(m)} % measured' for s, p, m in pairs)}."
-            )
         axes.set_xticks(range(len(schemes)), [label(scheme) for scheme in schemes])
         axes.set_xlim(-0.4, len(schemes) - 0.6)
         axes.set_ylabel("top-1 accuracy (%)")
         plain_ticks(axes, x=False)
-        hollow = {"marker": "o", "markersize": 6, "markerfacecolor": PAGE, "linewidth": 0}
-        measured = {"marker": "o", "markersize": 6, "linewidth": 1.6}
-        name_lines(
-            figure, [(name, networks.colour(name)) for name in rows], {"predicted": hollow, "measured": measured}
-        )
-        svg = inline(figure, "prediction-", f"{title}. {' '.join(words)}")
-    return Picture(title, svg, data)
+        others: dict[str, dict[str, Any]] = {
+            "predicted": {"marker": "o", "markersize": 6, "markerfacecolor": PAGE, "linewidth": 0},
+            "measured": {"marker": "o", "markersize": 6, "linewidth": 1.6},
+        }
+        name_lines(figure, [(name, networks.colour(name)) for name in values], others)
+        return inline(figure, "prediction-", alt)
