@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from planish.flatness.split import split_loss
 from torch import nn
 
 from planish.data import calibration_subset, load_data, make_loader
@@ -29,6 +28,7 @@ from planish.flatness.imitation import imitate
 from planish.flatness.landscape import landscape_line
 from planish.flatness.responses import noise_response, rounding_path
 from planish.flatness.sharpness import sam_sharpness, worst_rounding
+from planish.flatness.split import split_loss
 from planish.flatness.subject import Subject
 from planish.models import fit_weights, load_model, read_weights
 

@@ -42,7 +42,9 @@ def test_every_command_of_the_readme_parses():
     from planish.cli.main import _parse
 
     text = README.read_text(encoding="utf-8")
-    commands = re.findall(r"^(planish (?:run|flatten|quantize|evaluate|methods).*?)(?:  .*)?$", text, re.MULTILINE)
+    commands = re.findall(
+        r"^(planish (?:run|flatten|quantize|evaluate|compare|methods).*?)(?:  .*)?$", text, re.MULTILINE
+    )
     assert len(commands) >= 6
     for command in commands:
         assert type(_parse(shlex.split(command)[1:])).__name__.lower() == command.split()[1]

@@ -7,6 +7,9 @@ from typing import Any
 
 import pytest
 
+from planish.report.html import render_report
+from tests.report.flatness import fake_flatness
+
 TOP1 = {
     "given": {"fp32": 0.912, "w4a4": 0.861, "w3a3": 0.702, "w2a4": 0.214},
     "tuned": {"fp32": 0.915, "w4a4": 0.868, "w3a3": 0.744, "w2a4": 0.310},
@@ -67,3 +70,9 @@ def fake() -> Callable[..., dict[str, Any]]:
 @pytest.fixture
 def ledger() -> list[dict[str, Any]]:
     return fake_ledger()
+
+
+@pytest.fixture(scope="session")
+def diagnosed() -> str:
+    """The page of a run with a diagnosis of two networks."""
+    return render_report({**fake_results(3), "flatness": fake_flatness(), "ledger": fake_ledger()})

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from planish.report.charts import DARK, LIGHT, _label, accuracy_charts, chart_png, colour_index
+from planish.report.charts import accuracy_charts, chart_png
+from planish.report.svg import DARK, LIGHT, colour_index, label
 
 Fake = Callable[..., dict[str, Any]]
 
@@ -78,13 +79,13 @@ def test_any_name_gives_a_well_formed_chart(fake: Fake, name: str) -> None:
     rows = [{**r, "arm": name if r["arm"] == "given" else r["arm"]} for r in fake()["rows"]]
     (chart,) = accuracy_charts(rows)
     assert "<script" not in chart.svg
-    labels = [text.strip("\N{ZERO WIDTH SPACE}") for text in texts(chart.svg.replace("\0", ""))]
-    assert any(label[:3].replace("?", "\0") == name[:3] for label in labels)
+    shown = [text.strip("\N{ZERO WIDTH SPACE}") for text in texts(chart.svg.replace("\0", ""))]
+    assert any(text[:3].replace("?", "\0") == name[:3] for text in shown)
 
 
 def test_a_leading_underscore_is_hidden_from_matplotlib() -> None:
-    assert not _label("_hidden").startswith("_")
-    assert _label("_hidden").endswith("_hidden")
+    assert not label("_hidden").startswith("_")
+    assert label("_hidden").endswith("_hidden")
 
 
 def test_nothing_to_draw(tmp_path: Path) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -15,6 +17,7 @@ import pytest
 
 from planish.errors import PlanishError
 from planish.report.html import render_report, rows_csv, write_report
+from tests.report.flatness import fake_flatness
 
 Fake = Callable[..., dict[str, Any]]
 
@@ -157,3 +160,81 @@ def test_contrast_meets_wcag_aa(theme: int) -> None:
     for name, least in {"ink": 7.0, "soft": 4.5, "link": 4.5, **dict.fromkeys(arms, 3.0)}.items():
         light, dark = sorted((luminance(colours[name]), page), reverse=True)
         assert (light + 0.05) / (dark + 0.05) >= least, name
+
+
+def test_a_diagnosis_is_told_between_the_results_and_the_numbers(diagnosed: str) -> None:
+    ids = ("protocol", "results", "chart", "why", "why-landscape", "why-damage", "next", "data", "environment")
+    order = [diagnosed.index(f'id="{name}"') for name in ids]
+    assert order == sorted(order)
+    page = Page(diagnosed)
+    assert "blocks.3.attn.proj loses most; keep it at 8 bits for +0.8 points and 12 kB." in page.text
+    assert "rise of the loss along the rounding" in page.text
+    assert "0.220" in page.text
+    assert "<summary>All 76 sites" in diagnosed
+
+
+def test_without_a_diagnosis_there_is_no_chapter(fake: Fake) -> None:
+    text = render_report(fake())
+    assert 'id="why' not in text
+    assert 'id="next"' not in text
+    assert render_report({**fake(), "flatness": {"networks": {"given": {}}}}) == text
+
+
+def test_a_run_without_rows_is_told_by_its_diagnosis() -> None:
+    text = render_report({"flatness": fake_flatness(("given",), blocks=1)})
+    assert "At w4a4, the loss of given changes from 0.310 to 0.890." in text
+    assert "No accuracy" not in text
+
+
+def test_headings_follow_each_other_and_tables_say_what_they_are(diagnosed: str) -> None:
+    levels = [int(tag[1]) for tag, _ in Page(diagnosed).tags if re.fullmatch(r"h[1-6]", tag)]
+    assert levels[0] == 1
+    assert levels.count(1) == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    tables = re.findall(r"<table>.*?</table>", diagnosed, re.DOTALL)
+    assert len(tables) >= 9
+    for table in tables:
+        assert re.search(r"<caption.*?>.*?\w.*?</caption>", table, re.DOTALL)
+        assert "<th>" not in table
+        assert table.count('scope="row"') == len(re.findall("<tr>", table)) - 1
+
+
+def test_every_picture_has_words_and_its_numbers(diagnosed: str) -> None:
+    figures = re.findall(r"<figure>.*?</figure>", diagnosed, re.DOTALL)
+    assert len(figures) >= 19
+    for figure in figures:
+        assert re.search(r'<svg [^>]*role="img" aria-label="[^"]{40,}"', figure)
+    linked = [figure for figure in figures if "<a download=" in figure]
+    assert len(linked) == len(figures) - 1  # the rows of the first one have a section of their own
+    for figure in linked:
+        (link,) = re.findall(r'href="data:text/csv;charset=utf-8,([^"]+)"', figure)
+        rows = list(csv.reader(io.StringIO(unquote(html.unescape(link)))))
+        assert len({len(row) for row in rows}) == 1
+        assert len(rows) > 2
+
+
+def test_ids_of_a_diagnosed_page_are_unique(diagnosed: str) -> None:
+    ids = re.findall(r'\bid="([^"]+)"', diagnosed)
+    assert len(ids) == len(set(ids))
+    used = re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)|aria-labelledby="([^"]+)"', diagnosed)
+    assert {a or b or c for a, b, c in used} <= set(ids)
+
+
+def test_a_diagnosed_page_stands_alone_and_is_small(diagnosed: str) -> None:
+    assert not re.search(r"https?:|<script|<iframe|@import|<img|url\((?!#)", diagnosed)
+    assert len(diagnosed.encode()) < 700_000
+
+
+def test_a_hostile_diagnosis_is_only_text() -> None:
+    evil = "\"'><script>alert(1)</script><img src=x onerror=alert(1)>"
+    flatness = fake_flatness(("given", evil), blocks=1, depth=evil)
+    flatness["scheme"] = evil
+    flatness["advice"] = [{"text": evil}]
+    flatness["headline"] |= {"name": evil, "text": evil}
+    for site in flatness["networks"][evil]["errors"]["sites"]:
+        site["verdict"] = evil
+    text = render_report({"flatness": flatness})
+    page = Page(text)
+    assert not {"script", "img"} & {tag for tag, _ in page.tags}
+    assert not any(name.startswith("on") for _, attrs in page.tags for name in attrs)
+    assert evil in page.text

@@ -11,10 +11,11 @@ from planish.recipes.processes import on_main
 
 def check_target(path: Path, overwrite: bool) -> None:
     """Raise PlanishError, before anything long begins, if a file cannot be written to ``path`` or is already there."""
-    on_main(lambda: _check_target(path, overwrite))
+    on_main(lambda: check_file(path, overwrite))
 
 
-def _check_target(path: Path, overwrite: bool) -> None:
+def check_file(path: Path, overwrite: bool) -> None:
+    """The same, asked by a command that is one process."""
     folder = path.parent
     if not folder.is_dir():
         raise PlanishError(f"--out {path}: the folder {folder} does not exist; make it first")

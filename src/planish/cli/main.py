@@ -61,8 +61,8 @@ def _parse(arguments: list[str]) -> Any:
 
     commands: dict[str, Any] = {
         "run": options.Run, "flatten": options.Flatten, "quantize": options.Quantize, "train": options.Train,
-        "evaluate": options.Evaluate, "diagnose": options.Diagnose, "export": options.Export,
-        "classify": options.Classify, "demo": options.Demo, "methods": options.Methods,
+        "evaluate": options.Evaluate, "diagnose": options.Diagnose, "compare": options.Compare,
+        "export": options.Export, "classify": options.Classify, "demo": options.Demo, "methods": options.Methods,
     }  # fmt: skip
     config = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
     command = tyro.extras.subcommand_cli_from_dict(

@@ -197,6 +197,18 @@ class Demo:
 
 
 @dataclass(frozen=True)
+class Compare:
+    """Put several runs into one table and chart, and say in what they differ."""
+
+    runs: Positional[Annotated[tuple[Path, ...], arg(metavar="RUN RUN [RUN ...]", help_behavior_hint="")]] = ()
+    """folders of runs, finished or interrupted"""
+    out: OptionalPath = None
+    """an HTML file for the table, the chart and the differences"""
+    overwrite: bool = False
+    """replace the file if it is there"""
+
+
+@dataclass(frozen=True)
 class Methods:
     """List every method with its paper, or the options of one method."""
 

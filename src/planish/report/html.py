@@ -5,15 +5,16 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterable, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from planish.report.charts import DARK, LIGHT, accuracy_charts
+from planish.report.charts import accuracy_charts
+from planish.report.diagnosis import Story, Table, tell
 from planish.report.files import write_text
 from planish.report.plain import as_text, flatten_keys, to_plain
-from planish.report.summary import outcome, summarize
+from planish.report.summary import Summary, outcome, summarize
+from planish.report.svg import DARK, HEAT_DARK, HEAT_LIGHT, LIGHT
 from planish.report.table import caption
 
 ROW_FIELDS = (
@@ -41,16 +42,19 @@ def write_report(results: Mapping[str, Any], path: str | Path) -> Path:
 
 def render_report(results: Mapping[str, Any]) -> str:
     """The page as text. Everything is escaped; a number that was not measured is a dash. Same results, same text."""
-    from jinja2 import Environment
+    from jinja2 import Environment, PackageLoader
 
     rows = list(results.get("rows") or [])
     summary = summarize(rows)
     protocol = results.get("protocol") or {}
-    template = files("planish.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    page = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template)
-    return page.render(
-        title=_title(protocol),
-        outcome=outcome(summary),
+    comparison = results.get("comparison") or {}
+    why = tell(results.get("flatness") or {})
+    loader = PackageLoader("planish.report")
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, loader=loader)
+    environment.filters["data_uri"] = data_uri
+    return environment.get_template("report.html.j2").render(
+        title=_title(protocol, comparison),
+        outcome=_outcome(summary, why, comparison),
         protocol=_entries(protocol),
         environment=_entries(results.get("environment") or {}),
         summary=summary,
@@ -59,7 +63,12 @@ def render_report(results: Mapping[str, Any]) -> str:
         charts=accuracy_charts(rows),
         light=LIGHT,
         dark=DARK,
-        csv="data:text/csv;charset=utf-8," + quote(rows_csv(rows), errors="backslashreplace"),
+        comparison=_differences(comparison),
+        notes=comparison.get("notes") or [],
+        heat_light=HEAT_LIGHT,
+        heat_dark=HEAT_DARK,
+        why=why,
+        csv=data_uri(rows_csv(rows)),
         rows=len(rows),
         ledger=[_ledger_line(row) for row in results.get("ledger") or []],
     )
@@ -76,7 +85,16 @@ def rows_csv(rows: Iterable[Mapping[str, Any]]) -> str:
     return file.getvalue()
 
 
-def _title(protocol: Mapping[str, Any]) -> str:
+def _outcome(summary: Summary, why: Story, comparison: Mapping[str, Any]) -> str:
+    """The result in a sentence, and what has to be known with it."""
+    if why.outcome and not summary.cells:
+        return why.outcome
+    return " ".join(filter(None, [outcome(summary), as_text(comparison.get("caution"))]))
+
+
+def _title(protocol: Mapping[str, Any], comparison: Mapping[str, Any]) -> str:
+    if comparison:
+        return f"planish: {len(comparison['runs'])} runs compared"
     model = as_text(protocol.get("model"))
     data = as_text(protocol.get("data") or protocol.get("dataset"))
     parts = [f"planish: {model}" if model else "planish", f"on {data}" if data else ""]
@@ -87,7 +105,21 @@ def _entries(values: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(key.replace("_", " "), as_text(value) or "\N{EN DASH}") for key, value in flatten_keys(values).items()]
 
 
+def _differences(comparison: Mapping[str, Any]) -> list[Table]:
+    """The settings in which compared runs differ, one column a run."""
+    found = comparison.get("differences") or {}
+    if not found:
+        return []
+    rows = [(key.replace("_", " "), *(text or "\N{EN DASH}" for text in texts)) for key, texts in found.items()]
+    return [Table("What differs between the runs.", ("setting", *comparison["runs"]), rows)]
+
+
 def _ledger_line(row: Mapping[str, Any]) -> list[str]:
     share = row.get("share")
     shown = f"{100 * share:.2f} %" if isinstance(share, (int, float)) else as_text(share)
     return [as_text(row.get(key)) for key in ("site", "operator", "bits", "granularity")] + [shown]
+
+
+def data_uri(text: str) -> str:
+    """A CSV as a link that holds it."""
+    return "data:text/csv;charset=utf-8," + quote(text, safe=",:;/()@!*~", errors="backslashreplace")

@@ -113,7 +113,7 @@ def summarize(rows: Iterable[Mapping[str, Any]]) -> Summary:
         values.setdefault((arm, fp), by_seed)
         columns.setdefault(fp)
     cells = {key: _cell(list(by_seed.values())) for key, by_seed in values.items()}
-    ordered = sorted(columns, key=lambda column: _bits_key(column.scheme))  # stable: methods keep their order
+    ordered = sorted(columns, key=lambda column: bits_key(column.scheme))  # stable: methods keep their order
     return Summary(sorted(arms, key=lambda a: ARMS.index(a) if a in ARMS else len(ARMS)), ordered, cells)
 
 
@@ -182,7 +182,7 @@ def _number(value: Any) -> float | None:
     return float(value)
 
 
-def _bits_key(scheme: str) -> tuple[int, int, int]:
+def bits_key(scheme: str) -> tuple[int, int, int]:
     if scheme == FP:
         return (0, 0, 0)
     match = re.fullmatch(r"w(\d+)(?:a(\d+))?.*", scheme.lower())
