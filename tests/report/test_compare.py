@@ -103,6 +103,12 @@ def test_arms_of_one_run_alone_keep_their_names() -> None:
 def test_groups_of_runs_are_named_by_the_first() -> None:
     runs = [run("a", 0.80), run("b", 0.82, seed=1), run("c", 0.5, epochs=1)]
     assert top1(runs) == {"a+b: flat": pytest.approx(0.81), "c: flat": 0.5}
+    assert set(top1([*runs, run("d", 0.8, seed=2)])) == {"a+2 more: flat", "c: flat"}
+    long = "a-run-with-a-longer-name"
+    assert set(top1([run(long, 0.8), run("b", 0.8, seed=1), run("c", 0.5, epochs=1)])) == {
+        f"{long}+1 more: flat",
+        "c: flat",
+    }
 
 
 def test_an_incomplete_run_is_said_to_be() -> None:

@@ -96,4 +96,20 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
 def test_the_usual_arms_keep_their_colour() -> None:
     assert colour_index("flat", ["flat"]) == colour_index("flat", ["given", "flat"]) == 4
     assert colour_index("mine", ["given", "mine"]) == 5
+    assert len({colour_index(name, "abcde") for name in "abcde"}) == 5
+    assert not {colour_index(name, ["given", "flat", *"abcde"]) for name in "abcde"} & {0, 4}
     assert len(LIGHT) == len(DARK) == len(set(LIGHT)) == len(set(DARK))
+
+
+def test_a_long_legend_does_not_squeeze_the_chart_and_keeps_both_ends_of_names(fake: Fake) -> None:
+    rows = [
+        {**row, "arm": f"a-run-with-a-very-long-name-indeed-{i}-and-still: {row['arm']}"}
+        for row in fake()["rows"]
+        for i in range(3)
+    ]
+    (chart,) = accuracy_charts(rows)
+    (usual,) = accuracy_charts(fake()["rows"])
+    heights = [float(ElementTree.fromstring(c.svg).get("viewBox", "").split()[3]) for c in (usual, chart)]
+    assert heights[0] == 270
+    assert heights[1] > 270 + 9 * 12
+    assert len([text for text in texts(chart.svg) if text.endswith(": flat") and text.startswith("a-run")]) == 3

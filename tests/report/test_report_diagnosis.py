@@ -135,12 +135,17 @@ def test_verdicts_are_counted(told: list[Section]) -> None:
     assert "crowding" in numbers(every)[0]
 
 
+def sharpest() -> float:
+    return max(x for line in fake_flatness()["networks"]["given"]["landscape"]["plane"]["loss"] for x in line)
+
+
 def test_planes_share_their_colours(told: list[Section]) -> None:
     labels = []
     for name in ("given", "flat"):
         root = ElementTree.fromstring(pictures(told)[f"Loss on a plane: {name}"].svg)
         labels.append(["".join(node.itertext()) for node in root.iter("text")])
     assert labels[0] == labels[1]
+    assert f"{sharpest():.2g}" in labels[0]
     flat = pictures(told)["Loss on a plane: flat"].svg
     assert f"var(--heat-0, {HEAT_LIGHT[0]})" in flat
     tops = []

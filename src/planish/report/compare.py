@@ -208,9 +208,11 @@ def _environment(key: str) -> str:
 
 
 def _together(group: Sequence[Run]) -> str:
-    """``a``, ``a+b``, or ``a+2 more``."""
-    rest = [group[1].name] if len(group) == 2 else [f"{len(group) - 1} more"] if len(group) > 2 else []
-    return "+".join([group[0].name, *rest])
+    """``a``, ``a+b`` where that is short, or ``a+2 more``."""
+    both = "+".join(run.name for run in group)
+    return (
+        both if len(group) == 1 or (len(group) == 2 and len(both) <= 20) else f"{group[0].name}+{len(group) - 1} more"
+    )
 
 
 def _count(run: Run) -> str:

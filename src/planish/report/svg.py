@@ -32,6 +32,7 @@ HEAT_DARK = (
     "#1b2129", "#1f2d3c", "#233b51", "#284b68", "#2f5d80", "#3a7199", "#4c87b0", "#689fc4", "#8db8d6", "#b9d4e7",
 )  # fmt: skip
 LEGEND = 54  # characters that fit beside each other
+ROW = 17  # height of a row of them
 # Stand-ins that matplotlib writes and that are replaced by what CSS decides.
 TEXT, LINE, PAGE = "#010203", "#040506", "#070809"
 _TEXTS = ("text.color", "axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor")
@@ -91,11 +92,13 @@ def style(text: str, line: str) -> Any:
 
 
 def legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
-    """A legend above the axes, in as many rows as the names need."""
+    """A legend above the axes, in as many rows as the names need; beyond two the figure grows by them."""
     if not handles:
         return
     labels = [label(name, 40) for name in names]
     columns = next((n for n in range(len(labels), 1, -1) if _width(labels, n) <= LEGEND), 1)
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + max(0, rows - 2) * ROW / 72)
     order = [i for column in range(columns) for i in range(column, len(labels), columns)]  # read along the rows
     figure.legend(
         [handles[i] for i in order],
@@ -117,7 +120,8 @@ def _width(labels: Sequence[str], columns: int) -> int:
 def label(name: str, length: int = 24) -> str:
     """A user's name as a label: printable, of bounded length, and not hidden by matplotlib's leading underscore."""
     text = "".join(char if char.isprintable() else "?" for char in name)
-    text = text if len(text) <= length else text[: length - 1] + "\N{HORIZONTAL ELLIPSIS}"
+    if len(text) > length:  # beginnings tell runs and networks apart, ends their arms
+        text = f"{text[: length // 2]}\N{HORIZONTAL ELLIPSIS}{text[1 + length // 2 - length :]}"
     return "\N{ZERO WIDTH SPACE}" + text if text.startswith("_") else text
 
 

@@ -55,7 +55,7 @@ def ranked_chart(key: str, alt: str, names: Sequence[str], groups: Sequence[Bars
     """Horizontal bars, the first name at the top, all networks side by side; long names are shortened."""
     shown = short_names(names)
     height = 10 + 6 * len(groups)
-    with canvas(400, 70 + height * len(names) + 18 * -(-len(groups) // 3)) as figure:
+    with canvas(400, 90 + height * len(names)) as figure:
         axes = figure.subplots()
         width = 0.72 / len(groups)
         for number_, group in enumerate(groups):
