@@ -20,7 +20,7 @@ def test_a_spared_product_is_the_network_with_that_product_at_eight_bits(build, 
     model = build()
     batches = images(model, count=100, batch=50)
     subject = Subject.prepare(model, batches, ["w2a2", "w8a8"])
-    spared = spare(subject, "w2a2", product)
+    spared = spare(subject, "w2a2", [product])[0]
     labels, inputs = torch.cat([y for _, y in batches]), [x for x, _ in batches]
     mixed = replace(Scheme.parse("w2a2"), overrides=((product, "w8a8"),))  # the same by another way
     logits = []
@@ -38,12 +38,30 @@ def test_a_spared_product_is_the_network_with_that_product_at_eight_bits(build, 
     assert spared.bytes == weights * 6 / 8
 
 
+def test_each_product_is_compared_with_lifting_none():
+    subject = Subject.prepare(conv_net(), images(conv_net()), ["w2a2", "w8a8"])
+    both = spare(subject, "w2a2", ["3.conv2d", "0.conv2d"])
+    assert both == [spare(subject, "w2a2", [name])[0] for name in ("3.conv2d", "0.conv2d")]
+    assert (both[1].gain, both[1].bytes) == (0, 0)  # the first layer has 8 bits as it is
+
+
 def test_the_best_comes_first_and_scatter_is_called_by_its_name():
-    clear, vague = Spared("b", 0.08, 0.01, 0.1, 12_000), Spared("a", 0.01, 0.02, 0.3, 0)
-    first, second = about_products([vague, clear], 512)
-    assert first.text == "b: keep it at 8 bits for +8.0 points and 12.0 kB (top-1 on the 512 images looked at, ± 1.0)."
-    assert second.text.startswith("a loses much by itself, but at 8 bits it brings +1.0 points and no bytes")
-    assert (first.product, first.gain, first.bytes) == ("b", 0.08, 12_000)
+    clear, more, vague = (
+        Spared("b", 0.08, 0.01, 0.1, 12_000),
+        Spared("c", 0.2, 0.01, 0.1, 0),
+        Spared("a", 0.01, 0.02, 0.3, 0),
+    )
+    first, second = about_products([vague, clear, more], 512)
+    assert (
+        first.text
+        == "c: keep it at 8 bits for +20.0 points and no bytes of the file (top-1 on the 512 images looked at, ± 1.0)."
+    )
+    assert second.text == "b: keep it at 8 bits for +8.0 points and 12.0 kB (top-1 on the 512 images looked at, ± 1.0)."
+    assert (second.product, second.gain, second.bytes) == ("b", 0.08, 12_000)
+    (only,) = about_products([vague], 512)
+    assert only.text.startswith("No single product is worth 8 bits")
+    assert "a (+1.0)" in only.text
+    assert about_products([], 512) == []
 
 
 def test_the_half_that_loses_most_is_named():

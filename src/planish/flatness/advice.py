@@ -41,29 +41,31 @@ class Spared:
     bytes: float
 
 
-def spare(subject: Subject, scheme: str, product: str, batches: list[Batch] | None = None) -> Spared:
+def spare(subject: Subject, scheme: str, products: Sequence[str], batches: list[Batch] | None = None) -> list[Spared]:
     """Round everything by ``scheme`` but lift the sites of one product to 8 bits; compare with lifting none.
 
     A site that another product shares is lifted there, too. The standard error is that of the paired difference.
     """
-    sites = [site for p in subject.products if p.name == product for site in p.sites]
-    low: dict[str, Any] = subject.quantizers[scheme]
-    high: dict[str, Any] = subject.quantizers[SPARED]
-    lifted = {site.name: high[site.name] for site in sites if site.name in high and site.name in low}
+    low: dict[str, Any] = subject.grids(scheme)
+    high: dict[str, Any] = subject.grids(SPARED)
     labels = torch.cat([y for _, y in batches or subject.batches]).cpu()
+    found = []
     with subject.tapped(low):
         before, loss_before = _right(subject, labels, batches)
-        with subject.tapped(lifted):
-            after, loss_after = _right(subject, labels, batches)
-    difference = after - before
-    error = difference.std().item() / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
-    formats = {name: (low[name].format.bits, high[name].format.bits) for name in lifted}
-    grown = sum(
-        torch.Size(site.shape).numel() * (formats[site.name][1] - formats[site.name][0]) / 8
-        for site in sites
-        if site.is_weight and site.name in formats
-    )
-    return Spared(product, difference.mean().item(), error, (loss_before - loss_after).mean().item(), grown)
+        for product in products:
+            sites = [s for p in subject.products if p.name == product for s in p.sites if s.name in low]
+            with subject.tapped({site.name: high[site.name] for site in sites}):
+                after, loss_after = _right(subject, labels, batches)
+            difference = after - before
+            error = difference.std().item() / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
+            grown = sum(
+                torch.Size(s.shape).numel() * (high[s.name].format.bits - low[s.name].format.bits) / 8
+                for s in sites
+                if s.is_weight
+            )
+            saved = (loss_before - loss_after).mean().item()
+            found.append(Spared(product, difference.mean().item(), error, saved, grown))
+    return found
 
 
 def _right(subject: Subject, labels: Tensor, batches: list[Batch] | None) -> tuple[Tensor, Tensor]:
@@ -73,17 +75,24 @@ def _right(subject: Subject, labels: Tensor, batches: list[Batch] | None) -> tup
 
 
 def about_products(spared: Sequence[Spared], images: int) -> list[Advice]:
-    """A sentence for each product that was spared, the one that brings most first."""
+    """A sentence for each product at 8 bits that brings more than its scatter, best first; else one that says so."""
+    clear = [one for one in spared if one.gain > CLEAR * one.gain_error]
+    if not clear and spared:
+        tried = ", ".join(f"{one.product} ({100 * one.gain:+.1f})" for one in spared)
+        scatter = 100 * max(one.gain_error for one in spared)
+        return [
+            Advice(
+                f"No single product is worth 8 bits: lifting those that lose most changes top-1 on the {images} images "
+                f"looked at by no more than twice its scatter of {scatter:.1f} points: {tried}."
+            )
+        ]
     advice = []
-    for one in sorted(spared, key=lambda s: (s.gain, s.loss), reverse=True):
-        points = 100 * one.gain
-        clear = one.gain > CLEAR * one.gain_error
+    for one in sorted(clear, key=lambda s: s.gain, reverse=True):
         cost = f"and {size(one.bytes)}" if one.bytes else "and no bytes of the file"
-        if clear:
-            text = f"{one.product}: keep it at 8 bits for {points:+.1f} points {cost}"
-        else:
-            text = f"{one.product} loses much by itself, but at 8 bits it brings {points:+.1f} points {cost}"
-        text += f" (top-1 on the {images} images looked at, ± {100 * one.gain_error:.1f})."
+        text = (
+            f"{one.product}: keep it at 8 bits for {100 * one.gain:+.1f} points {cost} (top-1 on the {images} images "
+            f"looked at, ± {100 * one.gain_error:.1f})."
+        )
         advice.append(Advice(text, one.product, one.gain, one.gain_error, one.bytes))
     return advice
 

@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from planish.data import calibration_subset, make_loader
 from planish.errors import PlanishError
 from planish.evaluation import predict, worth
-from planish.flatness.advice import SPARED, Spared, about_bits, about_parts, about_products, spare
+from planish.flatness.advice import SPARED, about_bits, about_parts, about_products, spare
 from planish.flatness.subject import Subject
 from planish.models import fit_weights, read_weights
 from planish.network import watch
@@ -34,7 +34,7 @@ from planish.report.html import write_report
 from planish.report.plain import to_plain
 from planish.scheme import Scheme
 
-WORST = 3  # products for which 8 bits are tried
+WORST = 5  # products for which 8 bits are tried
 
 
 def check_diagnosis(config: DiagnosisConfig) -> DiagnosisConfig:
@@ -226,18 +226,15 @@ class _Diagnosis:
         found = self.flatness["networks"][name]
         split, few = found["split"], self.effort.images
         worst = sorted(split["layers"], key=lambda layer: layer["both"], reverse=True)
-        taken: list[Spared] = []
-        for layer in worst:
-            product = next(p for p in subject.products if p.name == layer["product"])
-            low: dict[str, Any] = subject.quantizers[self.scheme]
-            at_few_bits = any(low[s.name].format.bits < 8 for s in product.sites if s.name in low)
-            if at_few_bits and len(taken) < WORST:
-                taken.append(spare(subject, self.scheme, product.name))
-                self.stop.check()
+        low: dict[str, Any] = subject.grids(self.scheme)
+        few_bits = {
+            p.name for p in subject.products if any(s.name in low and low[s.name].format.bits < 8 for s in p.sites)
+        }
+        worst = [layer["product"] for layer in worst if layer["product"] in few_bits][:WORST]
         top1 = [(p["scheme"], p["measured_top1"]) for p in found["prediction"] if p["measured_top1"] is not None]
         advice = [about_bits(found["fp_top1"], top1)] if top1 else []
         advice.append(about_parts(self.scheme, split["weights"], split["activations"], split["interaction"]))
-        advice += about_products(taken, few)
+        advice += about_products(spare(subject, self.scheme, worst), few)
         return [asdict(one) for one in advice]
 
     def _write(self) -> None:

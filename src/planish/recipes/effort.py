@@ -32,12 +32,12 @@ def effort_for(macs: int, images: int = 0) -> Effort:
     small = fitting >= MOST  # so small that nothing has to be spared
     return Effort(
         images=taken,
-        layer_images=min(taken, 256 if small else max(LEAST, fitting // 2)),
+        layer_images=min(taken, 128 if small else max(LEAST, fitting // 2)),
         calibration_images=512 if small else max(64, fitting),
         test_images=10_000 if small else max(256, 8 * fitting),
         corrupted_images=500 if small else max(64, fitting),
-        probes=32 if small else 8,
+        probes=24 if small else 8,
         steps=40 if small else 12,
         draws=4 if small else 2,
-        plane=15 if small else 9,
+        plane=11 if small else 9,
     )
