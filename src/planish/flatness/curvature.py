@@ -65,7 +65,7 @@ def curvature(
     batches: Iterable[Any] | None = None,
     parameters: Mapping[str, nn.Parameter] | None = None,
     loss: Loss = F.cross_entropy,
-    probes: int = 32,
+    probes: int = 16,
     steps: int = 60,
     runs: int = 1,
     eigenvalues: int = 5,
