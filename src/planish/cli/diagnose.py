@@ -44,6 +44,7 @@ def _run_folder(command: Diagnose, config: DiagnosisConfig) -> None:
     folder = RunFolder.at(command.network)
     if not folder.finished:
         raise PlanishError(f"{command.network}: this run was interrupted; finish it first with planish run --resume")
+    folder.read_results()  # complains where nothing was measured
     try:
         began = from_flat_dict(RunConfig, folder.read_config())
     except KeyError as error:

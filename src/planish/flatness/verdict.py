@@ -61,12 +61,12 @@ def kolmogorov_distance(sample: Tensor, law: Law) -> float:
 
 
 def histogram(sample: Tensor, gaussian: Law | None) -> Histogram:
-    """Histogram of errors in steps, (n,), over a range of half a step times a power of two on either side of 0."""
+    """Histogram of errors in steps, (n,), over a range of one step times a power of two on either side of 0."""
     sample = sample.double().cpu()
-    reach = 0.5
+    reach = 1.0  # a Gaussian of the uniform law's variance has nothing to speak of beyond
     if sample.numel():
         needed = float(sample.abs().quantile(COVERED))
-        while reach < needed * 0.999:  # an error of half a step is inside, whatever rounding adds to it
+        while reach < needed:
             reach *= 2
     edges = torch.linspace(-reach, reach, BINS + 1, dtype=torch.float64)
     width = 2 * reach / BINS
