@@ -56,6 +56,11 @@ def test_histograms_are_those_of_numpy(kind, reach):
     np.testing.assert_allclose(found.gaussian[1:-1], inner, atol=1e-9)
 
 
+def test_a_histogram_of_nothing_and_one_without_a_law():
+    assert histogram(torch.full((10,), 0.25), None).gaussian == [0.0] * BINS
+    assert histogram(torch.zeros(0), None).density == [0.0] * BINS
+
+
 @pytest.mark.parametrize(
     ("expected", "changed"),
     [
