@@ -17,6 +17,7 @@ from planish.data import calibration_subset, make_loader
 from planish.errors import PlanishError
 from planish.evaluation import predict, worth
 from planish.flatness.advice import SPARED, about_bits, about_parts, about_products, spare
+from planish.flatness.perturbations import chosen
 from planish.flatness.subject import Subject
 from planish.models import fit_weights, read_weights
 from planish.network import watch
@@ -122,7 +123,7 @@ class _Diagnosis:
 
     def walk(self, work: Work) -> dict[str, Any]:
         self.flatness.setdefault("settings", _plain(self.settings))
-        self.flatness.update(scheme=self.scheme, images=self.effort.images, effort=asdict(self.effort))
+        self.flatness.update(scheme=self.scheme, images=self.effort.layer_images, effort=asdict(self.effort))
         self.flatness.setdefault("networks", {})
         for name, path in self.networks.items():
             self._network(name, self._load(name, path), work)
@@ -165,7 +166,8 @@ class _Diagnosis:
             work.begin(f"{name}: {title}")
             if stage in missing:
                 assert subject is not None
-                found |= {"fp_top1": self._fp_top1(logits), "loss": subject.losses().mean().item()}
+                few = chosen(subject, self.effort.layer_images)
+                found |= {"fp_top1": self._fp_top1(logits), "loss": subject.losses(few).mean().item()}
                 found[stage] = run_stage(stage, self._look(subject, logits, work))
                 self._write()
             work.end(measured=stage in missing)
