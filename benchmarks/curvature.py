@@ -10,7 +10,7 @@ is taken within a round, and each tool's own time is the median.
 
 ``pyhessian`` is given one batch, the case in which it keeps its graph, too; ``pyhessian, loader`` the batches.
 ``curvlinops`` differentiates with torch.func, whose second derivatives of LayerNorm are wrong in PyTorch 2.15 (see
-tests/flatness/dense.py); ``curvlinops, spelled out`` sees LayerNorm as a formula. All attention runs on the math
+tests/flatness/hessians.py); ``curvlinops, spelled out`` sees LayerNorm as a formula. All attention runs on the math
 kernel. PyHessian finds eigenvalues by power iteration with deflation (its defaults: at most 100 steps each,
 tolerance 1e-3), curvlinops by SciPy's eigsh (tolerance 1e-4).
 """

@@ -23,6 +23,7 @@ def test_what_is_saved_counts_once():
     assert graph_bytes(lambda inputs, labels: [inputs**2], x, None) == 5 * 8 * 4
     assert graph_bytes(lambda inputs, labels: [inputs**2 + inputs**3], x, None) == 5 * 8 * 4
     assert graph_bytes(lambda inputs, labels: [inputs**2 + (2 * inputs) ** 3], x, None) == 2 * 5 * 8 * 4
+    assert graph_bytes(lambda inputs, labels: [inputs**2 + (2 * inputs) ** 3], x, None, [x]) == 5 * 8 * 4
 
 
 def test_with_room_nothing_is_cut():
@@ -41,7 +42,7 @@ def test_with_room_nothing_is_cut():
     ],
 )
 def test_a_piece_takes_a_quarter(memory, sizes, kept, monkeypatch):
-    def part_bytes(gradients, inputs, labels):
+    def part_bytes(gradients, inputs, labels, held):
         return 400 + 32 * len(labels)
 
     monkeypatch.setattr("planish.flatness.graphs.graph_bytes", part_bytes)

@@ -14,13 +14,16 @@ Batch = tuple[Any, Any]  # inputs and labels
 Gradients = Callable[[Any, Tensor], list[Tensor]]
 
 
-def plan_graphs(batches: Sequence[Batch], gradients: Gradients, memory: int) -> tuple[list[Batch], int]:
+def plan_graphs(
+    batches: Sequence[Batch], gradients: Gradients, memory: int, held: Sequence[Tensor] = ()
+) -> tuple[list[Batch], int]:
     """Cut batches so that the graph of each takes at most a quarter of ``memory`` (or has one image).
 
     Args:
         batches: inputs and labels, image by image in the first dimension of every tensor.
         gradients: computes the gradient of the loss on a batch, with its graph.
         memory: bytes.
+        held: tensors that are there anyway, such as the weights; they do not count.
 
     Returns:
         The pieces, and how many of them, from the first, can be kept while another graph is built.
@@ -28,9 +31,9 @@ def plan_graphs(batches: Sequence[Batch], gradients: Gradients, memory: int) -> 
     batches = [batch for batch in batches if len(batch[1])]
     if not batches:
         return [], 0
-    # what one image takes, and what the weights take however many images there are
+    # what one image takes, and what is saved however many images there are
     inputs, labels = max(batches, key=lambda batch: len(batch[1]))
-    one, two = (graph_bytes(gradients, *_part(inputs, labels, 0, count)) for count in (1, 2))
+    one, two = (graph_bytes(gradients, *_part(inputs, labels, 0, count), held) for count in (1, 2))
     per_image = two - one if len(labels) > 1 else one
     fixed = max(0, one - per_image)
     longest = max(1, int((memory // 4 - fixed) / max(per_image, 1)))
@@ -49,8 +52,9 @@ def plan_graphs(batches: Sequence[Batch], gradients: Gradients, memory: int) -> 
     return pieces, kept
 
 
-def graph_bytes(gradients: Gradients, inputs: Any, labels: Tensor) -> int:
-    """Bytes of all different tensors that autograd saves for a gradient with its graph."""
+def graph_bytes(gradients: Gradients, inputs: Any, labels: Tensor, held: Sequence[Tensor] = ()) -> int:
+    """Bytes of all different tensors, but those ``held``, that autograd saves for a gradient with its graph."""
+    there = {tensor.untyped_storage().data_ptr() for tensor in held}
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -60,7 +64,7 @@ def graph_bytes(gradients: Gradients, inputs: Any, labels: Tensor) -> int:
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):
         graph = gradients(inputs, labels)  # held until all is counted: addresses must not be used twice
-    size = sum(found.values())
+    size = sum(count for address, count in found.items() if address not in there)
     del graph
     return size
 

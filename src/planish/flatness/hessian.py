@@ -80,7 +80,7 @@ class Hessian:
             raise PlanishError("the curvature of a loss needs images, but there is no batch: pass at least one")
         self.products, self.notify = 0, lambda: None
         with self._ready():
-            self._chunks, self._kept = plan_graphs(split, self._gradients, memory)
+            self._chunks, self._kept = plan_graphs(split, self._gradients, memory, list(model.parameters()))
         self._graphs: dict[int, list[Tensor]] = {}
 
     @property
