@@ -16,7 +16,7 @@ from torch.utils.data import Subset
 from planish.data import calibration_subset, make_loader
 from planish.errors import PlanishError
 from planish.evaluation import predict, worth
-from planish.flatness.advice import SPARED, about_bits, about_parts, about_products, spare
+from planish.flatness.advice import SPARED, about_bits, about_others, about_parts, about_products, spare
 from planish.flatness.perturbations import chosen
 from planish.flatness.subject import Subject
 from planish.models import fit_weights, read_weights
@@ -237,6 +237,9 @@ class _Diagnosis:
         advice = [about_bits(found["fp_top1"], top1)] if top1 else []
         advice.append(about_parts(self.scheme, split["weights"], split["activations"], split["interaction"]))
         advice += about_products(spare(subject, self.scheme, worst), few)
+        rows = {(row["arm"], row["scheme"]): row for row in self.results["rows"] if row["method"] == "rtn"}
+        both = [(n, rows.get((n, self.scheme))) for n in self.networks]
+        advice += about_others(self.scheme, {n: (row["fp_top1"], row["top1"]) for n, row in both if row})
         return [asdict(one) for one in advice]
 
     def _write(self) -> None:
