@@ -210,7 +210,7 @@ def test_what_a_measure_tells_stands_beside_it() -> None:
     assert told["divergence under imitated rounding"][1] == "0.123"
     assert told["divergence under imitated rounding"][-1] == "0.80 / 0.70"
     assert told["trace of the Hessian"][-1] == "0.05 / 0.10"
-    assert told["loss in float"][-1] == "–"
+    assert told["loss in float"][-1] == "\N{EN DASH}"
 
 
 def paths(value: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
