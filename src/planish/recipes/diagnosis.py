@@ -23,6 +23,7 @@ from planish.network import watch
 from planish.recipes.check import check_models
 from planish.recipes.config import DiagnosisConfig, RunConfig, flat_dict
 from planish.recipes.effort import effort_for
+from planish.recipes.headline import headline
 from planish.recipes.looked_at import LookedAt
 from planish.recipes.material import Material, prepare
 from planish.recipes.processes import make_console
@@ -115,6 +116,7 @@ class _Diagnosis:
         if "advice" not in self.flatness:
             name, path = next(iter(self.networks.items()))
             self.flatness["advice"] = self._advice(name, self._subject(self._load(name, path)))
+        self.flatness["headline"] = headline(self.scheme, self.flatness["networks"])
         work.end()
         self._write()
         write_report(self.results, self.folder.path("report.html"))
