@@ -93,7 +93,7 @@ def drop_unreadable(
     bad = {samples[i]: reason for i, reason in checked.unreadable.items()}
     if not bad:
         return [], digests
-    named = _enumerated([f"{_short(sample, root)} ({reason})" for sample, reason in bad.items()])
+    named = enumerated([f"{_short(sample, root)} ({reason})" for sample, reason in bad.items()])
     count = len(checked.unreadable)
     if count > MAX_BAD or count > limit_bad * len(samples):
         raise PlanishError(
@@ -137,14 +137,15 @@ def note_overlap(root: Path, train: Listing, test: Listing, digests: Mapping[Enc
     twins = [(sample, known[digests[sample]]) for sample in test if digests[sample] in known]
     if not twins:
         return []
-    named = _enumerated([f"{_short(a, root)} is {_short(b, root)}" for a, b in twins])
+    named = enumerated([f"{_short(a, root)} is {_short(b, root)}" for a, b in twins])
     return [
         f"{len(twins)} of {len(test)} test images are also training images, byte for byte, "
         f"so the measured accuracy is not that on new images: {named}"
     ]
 
 
-def _enumerated(names: Sequence[str], most: int = 5) -> str:
+def enumerated(names: Sequence[str], most: int = 5) -> str:
+    """The first names, and how many more there are."""
     return "; ".join(names[:most]) + (f"; and {len(names) - most} more" if len(names) > most else "")
 
 

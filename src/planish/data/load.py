@@ -16,6 +16,7 @@ from planish.data.encoded import EncodedImages
 from planish.data.folder import find_folders
 from planish.data.listing import Found, drop_unreadable, note_overlap, split_listing
 from planish.data.manifest import DELIMITERS, find_listed, find_manifests
+from planish.data.shards import find_shards, is_shards
 from planish.errors import PlanishError
 from planish.models.preprocessing import Preprocessing
 
@@ -93,11 +94,16 @@ def load_data(
 def find_images(source: str | Path) -> Found:
     """What a source holds, whichever kind it is."""
     path = Path(source).expanduser()
-    if path.suffix.lower() in DELIMITERS and not path.is_dir():
-        return find_listed(path)
-    if path.is_dir() and not (path / "train").is_dir() and find_manifests(path):
-        return find_listed(path)
-    return find_folders(path)
+    try:
+        if is_shards(path):
+            return find_shards(path)
+        if path.is_dir():
+            listed = not (path / "train").is_dir() and find_manifests(path)  # class folders count before tables
+        else:
+            listed = path.suffix.lower() in DELIMITERS
+    except OSError as error:
+        raise PlanishError(f"the data {path} cannot be read: {error}") from error
+    return find_listed(path) if listed else find_folders(path)
 
 
 def _load_embedded(preprocessing: Preprocessing, *, seed: int, augment: bool) -> ImageData:
