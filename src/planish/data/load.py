@@ -16,6 +16,7 @@ from planish.data.encoded import EncodedImages
 from planish.data.folder import find_folders
 from planish.data.listing import Found, drop_unreadable, note_overlap, split_listing
 from planish.data.manifest import DELIMITERS, find_listed, find_manifests
+from planish.data.saved import HUB, find_on_hub, find_saved, is_saved
 from planish.data.shards import find_shards, is_shards
 from planish.errors import PlanishError
 from planish.models.preprocessing import Preprocessing
@@ -93,12 +94,16 @@ def load_data(
 
 def find_images(source: str | Path) -> Found:
     """What a source holds, whichever kind it is."""
+    if str(source).startswith(HUB):
+        return find_on_hub(str(source))
     path = Path(source).expanduser()
     try:
+        if is_saved(path):
+            return find_saved(path)
         if is_shards(path):
             return find_shards(path)
         if path.is_dir():
-            listed = not (path / "train").is_dir() and find_manifests(path)  # class folders count before tables
+            listed = not (path / "train").is_dir() and bool(find_manifests(path))  # class folders come first
         else:
             listed = path.suffix.lower() in DELIMITERS
     except OSError as error:

@@ -76,7 +76,7 @@ def index_tar(path: Path) -> TarIndex:
         _refuse_compressed(path)
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                tar.members = []  # else it keeps the headers of all
+                tar.members = []  # type: ignore[attr-defined]  # else it keeps the headers of all
                 key, kind = _parts(member.name)
                 if member.isdir() or not kind or key.rpartition("/")[2].startswith("."):
                     continue
