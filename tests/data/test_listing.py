@@ -3,10 +3,11 @@
 import shutil
 
 import pytest
+from PIL import Image
 
 from planish.data import load_data
 from planish.models import Preprocessing
-from tests.data.pictures import pictures, write_files, write_table
+from tests.data.pictures import as_samples, assert_same, pictures, write_files, write_table, write_tar
 
 P = Preprocessing((3, 8, 8), crop_pct=1.0)
 
@@ -53,3 +54,24 @@ def test_unreadable_files_are_no_overlap(tmp_path, bad):
     data = load_data(tmp_path, P)
     assert data.notes[0].startswith("2 of 66 images could not be read")
     assert overlap(data) == []
+
+
+def test_bad_images_are_treated_alike_in_all_sources(tmp_path, monkeypatch):
+    files = pictures(each=40)
+    files["ant/000.png"] = b""
+    files["ant/001.png"] = files["ant/001.png"][:-60]
+    files["bee/001.png"] = b"no image"
+    Image.new("L", (60, 60)).save(tmp_path / "bomb.png")
+    files["cow/001.png"] = (tmp_path / "bomb.png").read_bytes()
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 3000)
+    folder = write_files(tmp_path / "images", files)
+    table = write_table(folder / "t.csv", [{"path": name, "label": name[:3]} for name in files])
+    shards = write_tar(folder / "t.tar", as_samples(files, ["ant", "bee", "cow"], "json"))
+    expected = load_data(folder, P)
+    (note,) = [note for note in expected.notes if "could not be read" in note]
+    assert note.startswith("4 of 120 images")
+    assert "cow/001.png (60 x 60 pixels are more than the limit of 3000)" in note
+    for source in (table, shards):
+        data = load_data(source, P)
+        assert_same(data, expected)
+        assert note in [other.replace("t.tar:", "") for other in data.notes]

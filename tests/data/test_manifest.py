@@ -20,6 +20,7 @@ def rows(files, folder="", label=lambda name: name, **more):
 @pytest.mark.parametrize("ending", ["csv", "tsv"])
 def test_without_splits_a_table_equals_the_folder_in_any_order_of_its_lines(tmp_path, ending):
     files = pictures()
+    files |= {"bee/2/000.png": encoded(1), "bee/000/1.png": encoded(2), "bee/1.png": encoded(3)}  # folders inside
     folder = write_files(tmp_path / "images", files)
     table = rows(files, "images/")
     random.Random(0).shuffle(table)
@@ -117,6 +118,8 @@ def test_bad_tables_get_one_sentence(tmp_path):
     expect("line 2: the split is missing", "path,label,split\na,b,\n")
     expect("line 2: the split is 'dev', expected one of train", "path,label,split\na,b,dev\n")
     expect("splits are 'test', 'val', and none is called 'train'", "path,label,split\na,b,val\na,b,test\n")
+    expect("line 3: the path goes over several lines", 'path,label\n"a\nb",c\n')
+    expect("cannot be read as a table in UTF-8: unexpected end", 'path,label\na,b\n"c,d\n')
     expect("cannot be read as a table in UTF-8", "path,label\nä,b\n".encode("utf-16"))
     expect("one class only \\('ant'\\)", table=[row for row in good if row["label"] == "ant"])
     expect("labels 'ant' and 'bee'", table=[*good, {**good[0], "label": "bee"}])

@@ -50,7 +50,7 @@ def _read(path: Path, split: str | None) -> Iterator[Labelled]:
     """The lines of one file. ``split`` is that of the whole file; ``None``: the column says it, if there is one."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            table = csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()])
+            table = csv.reader(file, delimiter=DELIMITERS[path.suffix.lower()], strict=True)
             columns = _columns(path, next(table, []), split)
             for cells in table:
                 if any(cell.strip() for cell in cells):
@@ -75,6 +75,8 @@ def _line(path: Path, number: int, cells: list[str], columns: dict[str, int], sp
     values = {name: cells[place].strip() if place < len(cells) else "" for name, place in columns.items()}
     if empty := [name for name, value in values.items() if not value]:
         raise PlanishError(f"{path}, line {number}: the {empty[0]} is missing: every line needs {', '.join(columns)}")
+    if broken := [name for name, value in values.items() if "\n" in value or "\r" in value]:
+        raise PlanishError(f"{path}, line {number}: the {broken[0]} goes over several lines: is a quote not closed?")
     given = values.get("split", "").lower()
     if given and given not in _SPLITS:
         raise PlanishError(
@@ -84,11 +86,17 @@ def _line(path: Path, number: int, cells: list[str], columns: dict[str, int], sp
 
 
 def _ordered(where: Path, rows: list[Labelled]) -> list[Labelled]:
-    """In the order of their paths as text, as folders list them; raises for a path with two labels."""
+    """In the order in which folders list them; raises for a path with two labels."""
     labels: dict[object, str] = {}
     for row in rows:
         if (other := labels.setdefault(row.sample, row.label)) != row.label:
             raise PlanishError(
                 f"{where}: {row.sample} is listed with the labels {other!r} and {row.label!r}: an image has one label"
             )
-    return sorted(rows, key=lambda row: str(row.sample))
+    return sorted(rows, key=_walked)
+
+
+def _walked(row: Labelled) -> list[tuple[bool, str]]:
+    """Sorts as folders are listed: in each folder first its files, then its folders."""
+    *folders, name = Path(str(row.sample)).parts
+    return [*((True, folder) for folder in folders), (False, name)]
