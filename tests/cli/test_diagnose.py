@@ -36,7 +36,7 @@ def test_the_folder_holds_every_stage_of_every_network(looked):
     flatness = results["flatness"]
     assert list(flatness["networks"]) == ["given", "flat"]
     for found in flatness["networks"].values():
-        assert set(found) == {*STAGES, "fp_top1", "loss"}
+        assert set(found) == {*STAGES, "fp_top1", "loss", "spared"}
         assert [p["scheme"] for p in found["prediction"]] == ["w8a8", "w3a3"]
         assert all(0 <= p["measured_top1"] <= 1 for p in found["prediction"])
         assert len(found["damage"]["corruptions"]) == 20

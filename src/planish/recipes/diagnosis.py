@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.evaluation import predict, worth
-from planish.flatness.advice import SPARED, about_bits, about_others, about_parts, about_products, spare
+from planish.flatness.advice import SPARED, Spared, about_bits, about_others, about_parts, about_products, spare
 from planish.flatness.perturbations import chosen
 from planish.flatness.subject import Subject
 from planish.models import fit_weights, read_weights
@@ -113,9 +113,7 @@ class _Diagnosis:
         for name, path in self.networks.items():
             self._network(name, self._load(name, path), work)
         work.begin("what to do next")
-        if "advice" not in self.flatness:
-            name, path = next(iter(self.networks.items()))
-            self.flatness["advice"] = self._advice(name, self._subject(self._load(name, path)))
+        self.flatness["advice"] = self._advice(next(iter(self.networks)))
         self.flatness["headline"] = headline(self.scheme, self.flatness["networks"])
         work.end()
         self._write()
@@ -140,7 +138,7 @@ class _Diagnosis:
         subject: Subject | None = None
         work.begin(f"{name}: at {', '.join(self.schemes)}")
         rows = [row for row in self.results["rows"] if row["arm"] == name]
-        missing = [stage for stage in STAGES if stage not in found]
+        missing = [stage for stage in (*STAGES, "spared") if stage not in found]
         if missing or not rows:
             subject = self._subject(model)
             images = min(subject.images, self.effort.layer_images)
@@ -160,6 +158,8 @@ class _Diagnosis:
                 self._write()
             work.end(measured=stage in missing)
             self.stop.check()
+        if subject is not None and "spared" not in found:
+            found["spared"] = self._spare(found["split"], subject)
         self._fill_measured(name, found)
 
     def _logits(self, subject: Subject) -> dict[str, Tensor]:
@@ -214,20 +214,25 @@ class _Diagnosis:
         for prediction in found["prediction"]:
             prediction["measured_top1"] = measured.get(prediction["scheme"])
 
-    def _advice(self, name: str, subject: Subject) -> list[dict[str, Any]]:
-        """What to do with the first network, and how the others compare."""
-        found = self.flatness["networks"][name]
-        split = found["split"]
-        worst = sorted(split["layers"], key=lambda layer: layer["both"], reverse=True)
+    def _spare(self, split: dict[str, Any], subject: Subject) -> list[dict[str, Any]]:
+        """The products that lose most by themselves, of those at fewer than 8 bits, each lifted to 8."""
         low: dict[str, Any] = subject.grids(self.scheme)
         few_bits = {
             p.name for p in subject.products if any(s.name in low and low[s.name].format.bits < 8 for s in p.sites)
         }
-        worst = [layer["product"] for layer in worst if layer["product"] in few_bits][:WORST]
+        worst = sorted(split["layers"], key=lambda layer: layer["both"], reverse=True)
+        names = [layer["product"] for layer in worst if layer["product"] in few_bits][:WORST]
+        return [asdict(one) for one in spare(subject, self.scheme, names)]
+
+    def _advice(self, name: str) -> list[dict[str, Any]]:
+        """What to do with the first network, and how the others compare."""
+        found = self.flatness["networks"][name]
+        split = found["split"]
         top1 = [(p["scheme"], p["measured_top1"]) for p in found["prediction"] if p["measured_top1"] is not None]
         advice = [about_bits(found["fp_top1"], top1)] if top1 else []
         advice.append(about_parts(self.scheme, split["weights"], split["activations"], split["interaction"]))
-        advice += about_products(spare(subject, self.scheme, worst), subject.images)
+        images = len(self.looked_at.images.dataset)  # type: ignore[arg-type]
+        advice += about_products([Spared(**one) for one in found["spared"]], images)
         rows = {(row["arm"], row["scheme"]): row for row in self.results["rows"] if row["method"] == "rtn"}
         both = [(n, rows.get((n, self.scheme))) for n in self.networks]
         advice += about_others(self.scheme, {n: (row["fp_top1"], row["top1"]) for n, row in both if row})

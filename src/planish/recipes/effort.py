@@ -32,12 +32,12 @@ def effort_for(macs: int, images: int = 0) -> Effort:
     small = fitting >= MOST  # so small that nothing has to be spared
     return Effort(
         images=taken,
-        layer_images=min(taken, 128 if small else max(LEAST, fitting // 2)),
+        layer_images=min(taken, 128 if small else max(LEAST // 2, fitting // 4)),
         calibration_images=512 if small else max(64, fitting),
-        test_images=10_000 if small else max(256, 8 * fitting),
-        corrupted_images=500 if small else max(64, fitting),
-        probes=24 if small else 8,
-        steps=40 if small else 12,
+        test_images=10_000 if small else max(128, 4 * fitting),
+        corrupted_images=500 if small else max(32, fitting),
+        probes=24 if small else 6,
+        steps=40 if small else 10,
         draws=4 if small else 2,
-        plane=11 if small else 9,
+        plane=11 if small else 7,
     )
