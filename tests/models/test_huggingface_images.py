@@ -21,6 +21,8 @@ CASES = {
     "dinov2": ("Bit", {"size": {"shortest_edge": 37}, "crop_size": CROP, "resample": 3}),
     "clip": ("CLIP", {"size": {"shortest_edge": 32}, "crop_size": CROP}),
     "mobilenet": ("MobileNetV2", {"size": {"shortest_edge": 36}, "crop_size": CROP}),
+    "mobilevit": ("MobileViT", {"size": {"shortest_edge": 36}, "crop_size": CROP, "image_mean": [0.1, 0.2, 0.3]}),
+    "mobilevit-rgb": ("MobileViT", {"size": {"shortest_edge": 36}, "crop_size": CROP, "do_flip_channel_order": False}),
     "convnext": ("ConvNext", {"size": {"shortest_edge": 32}, "crop_pct": 0.875}),
     "convnext-large": ("ConvNext", {"size": {"shortest_edge": 384}}),
     "levit": ("Levit", {"size": {"shortest_edge": 32}, "crop_size": CROP}),

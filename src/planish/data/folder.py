@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from planish.data.decode import find_unreadable
 from planish.data.randomness import draw
 from planish.errors import PlanishError
-from planish.images import EXTENSIONS, decode, list_images
+from planish.images import EXTENSIONS, decode, list_images, reversed_channels
 from planish.models.preprocessing import Preprocessing
 
 MAX_BAD = 100
@@ -78,6 +78,8 @@ class FolderImages(Dataset[tuple[Tensor, int]]):
             image = decode(path, self.preprocessing.input_size[0])
         except Exception as error:
             raise PlanishError(f"{path} could be read when the data were loaded and cannot now: {error}") from error
+        if self.preprocessing.channel_order == "bgr":
+            image = reversed_channels(image)
         if not self.augment:
             return self._plain(image), self.labels[index]
         key = int(draw(self.seed, self.epoch, np.array([index % len(self)]), 1)[0, 0] >> np.uint64(1))

@@ -65,11 +65,9 @@ def preprocessing_of(kind: str, values: Mapping[str, Any], channels: int = 3) ->
             f"its image processor {kind} is not one that planish imitates ({', '.join(PLAIN + OWN_RESIZE)}): "
             f"load the model in a file.py:function and give it planish_preprocessing"
         )
-    for key in ("do_pad", "do_flip_channel_order"):
-        if values.get(key):
-            what = "pads images to a size" if key == "do_pad" else "turns RGB into BGR"
-            raise PlanishError(f"its image processor {what} ({key}), which planish's preprocessing cannot")
-    if values.get("do_resize") is False:
+    if values.get("do_pad"):
+        raise PlanishError("its image processor pads images to a size (do_pad), which planish's preprocessing cannot")
+    if not values.get("do_resize", True):
         raise PlanishError("its image processor leaves images at their own size (do_resize), planish needs one size")
     size, crop_pct, mode = _geometry(name, values)
     mean, std = _normalization(name, values, channels)
@@ -77,7 +75,10 @@ def preprocessing_of(kind: str, values: Mapping[str, Any], channels: int = 3) ->
     if resample is not None and int(resample) not in INTERPOLATIONS:
         raise PlanishError(f"its image processor has the resampling {resample!r}, expected a number of Pillow's")
     interpolation = "bilinear" if resample is None else INTERPOLATIONS[int(resample)]
-    return Preprocessing((channels, *size), mean, std, interpolation, crop_pct, mode)
+    order = "rgb"
+    if values.get("do_flip_channel_order") and channels == 3:  # the last thing that it does
+        mean, std, order = mean[::-1], std[::-1], "bgr"
+    return Preprocessing((channels, *size), mean, std, interpolation, crop_pct, mode, order)
 
 
 def _sides(value: Any) -> dict[str, int]:
@@ -135,7 +136,7 @@ def _share(cropped: tuple[int, int], resized: tuple[int, int]) -> float:
 def _normalization(name: str, values: Mapping[str, Any], channels: int) -> tuple[Any, Any]:
     """Mean and std for pixels in [0, 1], whatever the processor rescales to."""
     mean, std = [0.0] * channels, [1.0] * channels
-    if values.get("do_normalize", True) and values.get("image_mean") is not None:
+    if values.get("do_normalize", True) and name != "MobileViT" and values.get("image_mean") is not None:
         mean, std = (_spread(values[key], channels) for key in ("image_mean", "image_std"))
     factor = values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 1.0
     if name == "EfficientNet":
