@@ -26,7 +26,7 @@ CASES = {
     "convnext": ("ConvNext", {"size": {"shortest_edge": 32}, "crop_pct": 0.875}),
     "convnext-large": ("ConvNext", {"size": {"shortest_edge": 384}}),
     "levit": ("Levit", {"size": {"shortest_edge": 32}, "crop_size": CROP}),
-    "poolformer": ("PoolFormer", {"size": {"shortest_edge": 32}, "crop_size": CROP, "crop_pct": 0.8}),
+    "poolformer": ("PoolFormer", {"size": {"shortest_edge": 32}, "crop_size": CROP, "crop_pct": 0.75}),
     "efficientnet": ("EfficientNet", {"size": CROP, "rescale_offset": True, "rescale_factor": 1 / 127.5,
                                       "include_top": True}),
     "other rescaling": ("ViT", {"size": CROP, "rescale_factor": 1 / 127.5, "image_mean": [1, 1, 1]}),
