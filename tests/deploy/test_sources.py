@@ -207,6 +207,17 @@ def test_a_file_with_another_recipe_is_refused(source, tmp_path):
         planish.load(tmp_path / "m")
 
 
+@pytest.mark.parametrize(
+    "name", ["swin_t", "maxvit_t", "vit_b_16", "convnext_tiny", "inception_v3", "densenet121", "regnet_y_400mf"]
+)
+def test_networks_of_torchvision_have_a_layout(name):
+    with torch.device("meta"):
+        like = built(tv_recipe(name, num_classes=7), [])
+    layout = checked_layout(tv_recipe(name, num_classes=7))
+    assert layout == layout_of(like)
+    assert {shape[0] for key, (_, shape) in layout.tensors.items() if 7 in shape[:1]} == {7}
+
+
 def test_every_family_of_transformers_has_a_layout():
     """With the settings that transformers has for it, so that its networks can be saved."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

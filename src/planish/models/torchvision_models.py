@@ -7,10 +7,12 @@ import math
 import re
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from planish.errors import PlanishError
 from planish.models.heads import head_size, new_head
@@ -51,6 +53,18 @@ def check_torchvision(architecture: Any) -> None:
         )
 
 
+class _CountsOnCPU(TorchFunctionMode):
+    """RegNet computes its widths with tensors, which have no values while it is built on the meta device."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in (torch.arange, torch.tensor):
+            kwargs = {"device": "cpu", **kwargs}
+        return func(*args, **kwargs)
+
+
 def build_torchvision(architecture: str, arguments: Mapping[str, Any]) -> nn.Module:
     """A classifier with random weights.
 
@@ -62,7 +76,7 @@ def build_torchvision(architecture: str, arguments: Mapping[str, Any]) -> nn.Mod
     check_torchvision(architecture)
     if fetching := sorted(FORBIDDEN & set(arguments)):
         raise PlanishError(f"the architecture {architecture} may not take the argument {fetching[0]!r}")
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _CountsOnCPU() if architecture.startswith("regnet_") else nullcontext():
         warnings.simplefilter("ignore")  # about the initialization that weights replace
         model: nn.Module = models.get_model(architecture, weights=None, **arguments)
     return model
