@@ -16,8 +16,8 @@ from planish.models.huggingface_config import quietly
 from planish.models.preprocessing import Preprocessing
 
 INTERPOLATIONS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic", 4: "box", 5: "hamming"}  # Pillow's numbers
-PLAIN = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "MobileViT", "MobileNetV1", "MobileNetV2", "Pvt", "Siglip", "TextNet",
-         "PPLCNet", "EfficientNet")  # fmt: skip
+PLAIN = ("ViT", "DeiT", "Beit", "Bit", "CLIP", "MobileViT", "MobileNetV1", "MobileNetV2", "Pvt", "Siglip",
+         "EfficientNet")  # fmt: skip
 OWN_RESIZE = ("ConvNext", "Levit", "PoolFormer")
 
 
