@@ -45,8 +45,8 @@ def test_class_folders_are_split_within_each_class_by_the_seed(tmp_path):
     data, again, other = (load_data(tmp_path, P, seed=s) for s in (0, 0, 1))
     assert np.bincount(data.train_labels).tolist() == [8, 4]
     assert np.bincount(data.test.labels).tolist() == [2, 1]
-    assert set(data.train.paths).isdisjoint(data.test.paths)
-    assert data.test.paths == again.test.paths != other.test.paths
+    assert set(data.train.samples).isdisjoint(data.test.samples)
+    assert data.test.samples == again.test.samples != other.test.samples
     assert any("set aside" in note for note in data.notes)
     assert any("1 files" in note for note in data.notes)
 
@@ -85,7 +85,7 @@ def test_few_bad_images_are_named_and_skipped(tmp_path):
 
 
 def test_never_more_than_a_hundred_bad_images(tmp_path, monkeypatch):
-    monkeypatch.setattr("planish.data.folder.MAX_BAD", 1)
+    monkeypatch.setattr("planish.data.listing.MAX_BAD", 1)
     for name in "ab":
         fill(tmp_path / name, 20, (8, 8))
         (tmp_path / name / "003.png").write_bytes(b"no image")
@@ -128,8 +128,8 @@ def test_an_image_that_vanishes_is_named(tmp_path):
     for name in "ab":
         fill(tmp_path / name, 2)
     data = load_data(tmp_path, P)
-    data.train.paths[0].unlink()
-    with pytest.raises(PlanishError, match=str(data.train.paths[0])):
+    data.train.samples[0].unlink()
+    with pytest.raises(PlanishError, match=str(data.train.samples[0])):
         data.train[0]
 
 

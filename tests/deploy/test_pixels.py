@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from planish.data.arrays import BatchedTensorDataset
-from planish.data.folder import FolderImages
+from planish.data.encoded import EncodedImages
 from planish.deploy.pixels import INTERPOLATIONS, to_input
 from planish.errors import PlanishError
 from planish.images import decode
@@ -28,7 +28,7 @@ def noise(height, width, channels=3, seed=0):
 
 
 def agree(path, preprocessing):
-    expected = FolderImages([path], [0], preprocessing)[0][0].numpy()
+    expected = EncodedImages([path], [0], preprocessing)[0][0].numpy()
     got = to_input(decode(path, preprocessing.input_size[0]), preprocessing)
     assert got.dtype == np.float32
     assert got.flags.c_contiguous

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from planish.flatness.advice import Spared, about_bits, about_parts, about_products, size, spare
+from planish.flatness.advice import Spared, about_bits, about_others, about_parts, about_products, size, spare
 from planish.flatness.subject import Subject
 from planish.ptq import quantize
 from planish.scheme import Scheme
@@ -76,6 +76,14 @@ def test_how_low_rounding_goes():
     assert text.startswith("Rounding alone keeps w4a4 within 1 point of float; w3a3 loses 10.0 points")
     assert "nothing else is needed" in about_bits(0.9, [("w8a8", 0.9)]).text
     assert about_bits(0.9, [("w4a4", 0.5)]).text.startswith("No scheme stays within 1 point; w4a4 loses 40.0 points")
+
+
+def test_other_networks_are_set_beside_the_first():
+    found = about_others("w3a3", {"given": (0.92, 0.777), "flat": (0.916, 0.889)})
+    assert [one.text for one in found] == [
+        "flat keeps 88.9 % top-1 at w3a3 (91.6 % in float), where given keeps 77.7 % (92.0 %)."
+    ]
+    assert about_others("w3a3", {"given": (0.92, 0.777)}) == about_others("w3a3", {}) == []
 
 
 def test_sizes():

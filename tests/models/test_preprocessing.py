@@ -11,7 +11,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from planish.data.arrays import BatchedTensorDataset
-from planish.data.folder import FolderImages
+from planish.data.encoded import EncodedImages
 from planish.deploy.card import Card, read_card
 from planish.deploy.checkpoint import read_head, save
 from planish.deploy.pixels import to_input
@@ -72,7 +72,7 @@ def test_the_order_of_channels_everywhere(tmp_path):
     given = {}
     for name, looks in (("rgb", rgb), ("bgr", bgr)):
         stacked = BatchedTensorDataset(noise.transpose(2, 0, 1)[None], [0], looks)[0][0]
-        assert torch.equal(FolderImages([tmp_path / "a.png"], [0], looks)[0][0], stacked)
+        assert torch.equal(EncodedImages([tmp_path / "a.png"], [0], looks)[0][0], stacked)
         np.testing.assert_allclose(to_input(Image.fromarray(noise), looks), stacked, atol=1e-6)
         given[name] = stacked
         card = Card("m", "float", ("a",), looks, "0")

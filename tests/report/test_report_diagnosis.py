@@ -191,6 +191,28 @@ def test_the_measure_that_predicts_best_comes_first(undrawn: None) -> None:
     assert "with the answers of the float network as labels" in tell({**flatness, "labelled": False}).setting
 
 
+def test_what_a_measure_tells_stands_beside_it() -> None:
+    flatness = fake_flatness()
+    found = flatness["networks"]["given"]
+    scheme = flatness["scheme"]
+    story = tell(flatness)
+    assert story.measures is not None
+    lines = {row[0]: row for row in story.measures.rows}
+    (at,) = [row for row in found["prediction"] if row["scheme"] == scheme]
+    at["divergence"] = 0.123
+    path = {row["t"]: row["loss"] for row in found["sharpness"]["rounding"]}
+    assert float(lines["rise along the rounding of the weights"][1]) == pytest.approx(path[1.0] - path[0.0], rel=0.01)
+    flatness["headline"]["ranks"] = {"imitated": "0.80 / 0.70", "trace": "0.05 / 0.10"}
+    story = tell(flatness)
+    assert story.measures is not None
+    assert story.measures.header[-1] == "tells"
+    told = {row[0]: row for row in story.measures.rows}
+    assert told["divergence under imitated rounding"][1] == "0.123"
+    assert told["divergence under imitated rounding"][-1] == "0.80 / 0.70"
+    assert told["trace of the Hessian"][-1] == "0.05 / 0.10"
+    assert told["loss in float"][-1] == "\N{EN DASH}"
+
+
 def paths(value: Any, before: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Every key of nested dicts, three levels below a network."""
     for key in value:

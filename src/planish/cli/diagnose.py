@@ -17,7 +17,7 @@ from planish.models.huggingface import is_huggingface
 from planish.recipes.config import DiagnosisConfig, ModelOptions, RunConfig, flat_dict, from_flat_dict
 from planish.recipes.diagnosis import check_diagnosis, diagnose
 from planish.recipes.processes import count_processes, make_console
-from planish.recipes.session import say
+from planish.recipes.session import free_cores, say
 from planish.report.files import short
 from planish.report.folder import RunFolder
 from planish.report.summary import ARMS
@@ -102,7 +102,7 @@ def _model(command: Diagnose, config: DiagnosisConfig) -> None:
 
 def _named(command: Diagnose, config: DiagnosisConfig) -> ModelOptions:
     """The options of the model, whether it was named with --model or without."""
-    models = config.models
+    models = replace(config.models, threads=config.models.threads or free_cores())  # a resumed one takes as many
     if not command.network:
         return models
     if models.model not in (ModelOptions().model, command.network):

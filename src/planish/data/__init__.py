@@ -1,7 +1,7 @@
-"""Images: the embedded default, folders of class folders, loaders with a reproducible order."""
+"""Images: the embedded default, folders, tables, tar shards, data sets, loaders with a reproducible order."""
 
 from planish.data.arrays import BatchedTensorDataset
-from planish.data.folder import FolderImages
+from planish.data.encoded import EncodedImages
 from planish.data.load import EMBEDDED, ImageData, load_data
 from planish.data.loader import calibration_subset, collate, make_loader, set_epoch
 from planish.data.unlabelled import load_unlabelled
@@ -9,7 +9,7 @@ from planish.data.unlabelled import load_unlabelled
 __all__ = [
     "EMBEDDED",
     "BatchedTensorDataset",
-    "FolderImages",
+    "EncodedImages",
     "ImageData",
     "calibration_subset",
     "collate",

@@ -1,4 +1,4 @@
-"""Images and labels from the embedded data or from a folder."""
+"""Images and labels from the embedded data or from a source of the user's."""
 
 from __future__ import annotations
 
@@ -12,7 +12,12 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from planish.data.arrays import BatchedTensorDataset
-from planish.data.folder import FolderImages, Listing, drop_unreadable, find_splits, split_listing
+from planish.data.encoded import EncodedImages
+from planish.data.folder import find_folders
+from planish.data.listing import Found, drop_unreadable, note_overlap, split_listing
+from planish.data.manifest import DELIMITERS, find_listed, find_manifests
+from planish.data.saved import HUB, find_on_hub, find_saved, is_saved
+from planish.data.shards import find_shards, is_shards
 from planish.errors import PlanishError
 from planish.models.preprocessing import Preprocessing
 
@@ -45,50 +50,65 @@ def load_data(
     limit_bad: float = 0.05,
     progress: Callable[[int, int], None] | None = None,
 ) -> ImageData:
-    """Load the embedded 12,000 Fashion-MNIST images (``None`` or ``"fashion-mnist"``) or a folder of class folders.
+    """Load the embedded 12,000 Fashion-MNIST images (``None`` or ``"fashion-mnist"``), or images of yours.
 
-    A folder is ``DIR/train/CLASS/*`` with ``DIR/val/CLASS/*`` (or ``validation``, ``valid``, ``test``, in this order),
-    or ``DIR/CLASS/*``, which is split 80/20 within each class. Every image is decoded once to find the unreadable ones.
+    These are in class folders, listed in a CSV file, packed in tar shards, or a data set of Hugging Face ``datasets``,
+    saved or by its name on the hub (docs/data.md). Without a split to measure on, 20 % of each class are set aside.
+    Every image is decoded once to find the unreadable ones.
 
     Args:
+        source: ``DIR`` with ``DIR/train/CLASS/*`` and ``DIR/val/CLASS/*`` (or ``validation``, ``valid``, ``test``, in
+            this order), or with ``DIR/CLASS/*``; ``FILE.csv``; ``DIR`` with ``train-*.tar`` and ``val-*.tar``, or
+            ``DIR/train-{0000..0009}.tar``; ``DIR`` as ``save_to_disk`` wrote it; ``hf:NAME`` or ``hf:NAME:CONFIG``.
         preprocessing: the model's; decides size, channels and normalization.
         seed: for the split and the augmentation.
         augment: whether ``train`` is augmented; :func:`make_loader` can also decide it for one loader.
         limit_bad: the fraction of unreadable images that is skipped with a note; never more than 100.
-        progress: called as ``progress(done, total)`` while the images of a folder are checked.
+        progress: called as ``progress(done, total)`` while the images are checked.
 
     Raises:
-        PlanishError: when the folder is not such a folder, or too many of its images are unreadable.
+        PlanishError: when the source is none of these, or too many of its images are unreadable.
     """
     if source is None or str(source) == EMBEDDED:
         return _load_embedded(preprocessing, seed=seed, augment=augment)
-    root = Path(source).expanduser()
-    train, test = find_splits(root)
-    listings = [train] if test is None else [train, test]
-    notes = drop_unreadable(listings, preprocessing.input_size[0], root=root, limit_bad=limit_bad, progress=progress)
-    if other := sum(listing.other for listing in listings):
-        notes.append(f"{other} files in {root} are not named like images and were left out")
+    found = find_images(source)
+    root, train, test = found.root, found.train, found.test
+    notes, digests = drop_unreadable(
+        found.listings, preprocessing.input_size[0], root=root, limit_bad=limit_bad, progress=progress
+    )
+    notes += found.notes
     if test is None:
         train, test = split_listing(train, seed)
         notes.append(f"{root} has no test split: 20 % of each class were set aside as one (seed {seed})")
-    classes = list(train.files)
-    if all(name.isdecimal() for name in classes) and classes != sorted(classes, key=int):
-        notes.append("the class folders are numbered in the order of their names as text: '10' comes before '2'")
-    train_paths, train_labels = _flat(train)
+    notes += note_overlap(root, train, test, digests)
+    samples, labels = train.flat()
     return ImageData(
-        train=FolderImages(train_paths, train_labels, preprocessing, augment=augment, seed=seed),
-        test=FolderImages(*_flat(test), preprocessing, seed=seed),
-        classes=classes,
-        name=root.resolve().name,
-        train_labels=train_labels,
+        train=EncodedImages(samples, labels, preprocessing, augment=augment, seed=seed),
+        test=EncodedImages(*test.flat(), preprocessing, seed=seed),
+        classes=list(train.files),
+        name=found.name,
+        train_labels=labels,
         notes=notes,
     )
 
 
-def _flat(listing: Listing) -> tuple[list[Path], list[int]]:
-    classes = sorted(listing.files)
-    pairs = [(path, label) for label, name in enumerate(classes) for path in listing.files[name]]
-    return [path for path, _ in pairs], [label for _, label in pairs]
+def find_images(source: str | Path) -> Found:
+    """What a source holds, whichever kind it is."""
+    if str(source).startswith(HUB):
+        return find_on_hub(str(source))
+    path = Path(source).expanduser()
+    try:
+        if is_saved(path):
+            return find_saved(path)
+        if is_shards(path):
+            return find_shards(path)
+        if path.is_dir():
+            listed = not (path / "train").is_dir() and bool(find_manifests(path))  # class folders come first
+        else:
+            listed = path.suffix.lower() in DELIMITERS
+    except OSError as error:
+        raise PlanishError(f"the data {path} cannot be read: {error}") from error
+    return find_listed(path) if listed else find_folders(path)
 
 
 def _load_embedded(preprocessing: Preprocessing, *, seed: int, augment: bool) -> ImageData:

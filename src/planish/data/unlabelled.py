@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from planish.data.folder import FolderImages, Listing, drop_unreadable
+from planish.data.encoded import EncodedImages
+from planish.data.listing import Listing, drop_unreadable
 from planish.errors import PlanishError
 from planish.images import list_images
 from planish.models.preprocessing import Preprocessing
@@ -18,7 +19,7 @@ def load_unlabelled(
     seed: int = 0,
     limit_bad: float = 0.05,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[FolderImages, list[str]]:
+) -> tuple[EncodedImages, list[str]]:
     """The images below ``root``, in folders inside it too, each with the label -1; and notes on what was skipped.
 
     Raises:
@@ -31,6 +32,8 @@ def load_unlabelled(
     if not found:
         raise PlanishError(f"{root} holds no image file ({other} other files): give a folder with image files")
     listing = Listing(root, {"": found}, other)
-    notes = drop_unreadable([listing], preprocessing.input_size[0], root=root, limit_bad=limit_bad, progress=progress)
+    notes, _ = drop_unreadable(
+        [listing], preprocessing.input_size[0], root=root, limit_bad=limit_bad, progress=progress
+    )
     paths = listing.files[""]
-    return FolderImages(paths, [-1] * len(paths), preprocessing, seed=seed), notes
+    return EncodedImages(paths, [-1] * len(paths), preprocessing, seed=seed), notes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,21 @@ def about_bits(float_top1: float, top1: Sequence[tuple[str, float]], allowed: fl
         f"{good}; {scheme} loses {100 * (float_top1 - value):.1f} points by rounding alone, where a better method, "
         f"flattening or training is worth its time."
     )
+
+
+def about_others(scheme: str, points: Mapping[str, tuple[float, float]]) -> list[Advice]:
+    """How networks compare at one scheme. ``points``: top-1 in float and by rounding, by name; the first is the rest's
+    rival."""
+    if not points:
+        return []
+    (first, (float_top1, top1)), *others = points.items()
+    return [
+        Advice(
+            f"{name} keeps {100 * kept:.1f} % top-1 at {scheme} ({100 * full:.1f} % in float), where {first} keeps "
+            f"{100 * top1:.1f} % ({100 * float_top1:.1f} %)."
+        )
+        for name, (full, kept) in others
+    ]
 
 
 def size(count: float) -> str:

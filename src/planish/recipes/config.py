@@ -23,7 +23,8 @@ class ModelOptions:
     weights: OptionalPath = None
     """safetensors or torch state_dict to load into the model"""
     data: OptionalPath = None
-    """folder of class folders, or of train/ and val/ with class folders; default: the embedded Fashion-MNIST images"""
+    """folder of class folders, or of train/ and val/ with class folders; a CSV file with path and label; tar shards; a
+    data set of Hugging Face datasets, saved or hf:NAME; default: the embedded Fashion-MNIST images"""
     batch_size: int = 128
     """images in a batch"""
     workers: int = 0

@@ -5,18 +5,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import Tensor, nn
-from torch.utils.data import Subset
 
-from planish.data import calibration_subset, make_loader
 from planish.errors import PlanishError
 from planish.evaluation import predict, worth
-from planish.flatness.advice import SPARED, about_bits, about_parts, about_products, spare
+from planish.flatness.advice import SPARED, about_bits, about_others, about_parts, about_products, spare
 from planish.flatness.perturbations import chosen
 from planish.flatness.subject import Subject
 from planish.models import fit_weights, read_weights
@@ -24,6 +23,8 @@ from planish.network import watch
 from planish.recipes.check import check_models
 from planish.recipes.config import DiagnosisConfig, RunConfig, flat_dict
 from planish.recipes.effort import effort_for
+from planish.recipes.headline import headline
+from planish.recipes.looked_at import LookedAt
 from planish.recipes.material import Material, prepare
 from planish.recipes.processes import make_console
 from planish.recipes.session import StopFlag, free_cores, stoppable
@@ -86,19 +87,10 @@ class _Diagnosis:
         self.config, self.networks = config, networks
         self.scheme, self.schemes = config.scheme, list(config.schemes)
         self.folder, self.material, self.stop = folder, material, stop
-        data, seed = material.data, config.models.seed
         example = torch.zeros(1, *material.loaded.preprocessing.input_size, device=material.device)
         macs = sum(product.macs for product in watch(material.loaded.model, example).products)
         self.effort = effort_for(macs, config.images)
-        self.calibration = self._train_images(min(self.effort.calibration_images, len(data.train_labels)))
-        self.images = self._train_images(min(self.effort.images, len(data.train_labels)))
-        count = min(self.effort.test_images, len(data.test))  # type: ignore[arg-type]
-        order = torch.randperm(len(data.test), generator=torch.Generator().manual_seed(seed)).tolist()  # type: ignore[arg-type]
-        size = config.models.batch_size
-        self.test = make_loader(Subset(data.test, sorted(order[:count])), size, shuffle=False, seed=0)
-        corrupted = sorted(order[: min(count, self.effort.corrupted_images)])
-        self.corrupted = make_loader(Subset(data.test, corrupted), size, shuffle=False, seed=0)
-        self.test_images = count
+        self.looked_at = LookedAt.choose(material, self.effort, config.models)
         self.settings = {
             **flat_dict(config), "networks": sorted(networks), "checkpoint": material.loaded.weights_hash,
         }  # fmt: skip
@@ -108,13 +100,6 @@ class _Diagnosis:
         if flatness.get("settings") != _plain(self.settings):
             flatness.clear()
         self.flatness: dict[str, Any] = flatness
-        self.reference: Tensor | None = None
-
-    def _train_images(self, count: int) -> Any:
-        data, options = self.material.data, self.config.models
-        subset = calibration_subset(data.train, data.train_labels, count, options.seed)
-        size = min(options.batch_size, 64 if self.effort.images < 512 else options.batch_size)
-        return make_loader(subset, size, shuffle=False, seed=0)
 
     def plan(self) -> list[tuple[str, float]]:
         """Every stage of every network, with what it costs."""
@@ -123,7 +108,7 @@ class _Diagnosis:
 
     def walk(self, work: Work) -> dict[str, Any]:
         self.flatness.setdefault("settings", _plain(self.settings))
-        self.flatness.update(scheme=self.scheme, images=self.effort.layer_images, effort=asdict(self.effort))
+        self.flatness.update(scheme=self.scheme, effort=asdict(self.effort))
         self.flatness.setdefault("networks", {})
         for name, path in self.networks.items():
             self._network(name, self._load(name, path), work)
@@ -131,6 +116,7 @@ class _Diagnosis:
         if "advice" not in self.flatness:
             name, path = next(iter(self.networks.items()))
             self.flatness["advice"] = self._advice(name, self._subject(self._load(name, path)))
+        self.flatness["headline"] = headline(self.scheme, self.flatness["networks"])
         work.end()
         self._write()
         write_report(self.results, self.folder.path("report.html"))
@@ -146,7 +132,8 @@ class _Diagnosis:
 
     def _subject(self, model: nn.Module) -> Subject:
         schemes = dict.fromkeys([*self.schemes, SPARED])
-        return Subject.prepare(model, self.images, list(schemes), calibration=self.calibration, allow=self.config.allow)
+        seen = self.looked_at
+        return Subject.prepare(model, seen.images, list(schemes), calibration=seen.calibration, allow=self.config.allow)
 
     def _network(self, name: str, model: nn.Module, work: Work) -> None:
         found = self.flatness["networks"].setdefault(name, {})
@@ -156,7 +143,8 @@ class _Diagnosis:
         missing = [stage for stage in STAGES if stage not in found]
         if missing or not rows:
             subject = self._subject(model)
-            self.flatness["labelled"] = subject.labelled
+            images = min(subject.images, self.effort.layer_images)
+            self.flatness.update(labelled=subject.labelled, images=images)
             logits = self._logits(subject)
             if not rows:
                 self.results["rows"] += self._rows(name, logits)
@@ -179,9 +167,14 @@ class _Diagnosis:
         logits: dict[str, Tensor] = {}
         for scheme in ("fp32", *self.schemes):
             with subject.tapped({} if scheme == "fp32" else subject.quantizers[scheme]):
-                logits[scheme], logits["labels"], _ = predict(subject.model, self.test)
+                logits[scheme], logits["labels"], _ = predict(subject.model, self.looked_at.test)
             self.stop.check()
         return logits
+
+    @cached_property
+    def reference(self) -> Tensor:
+        """Logits of the given network on the test images, against which flips are counted."""
+        return predict(self.material.loaded.model, self.looked_at.test)[0]
 
     def _fp_top1(self, logits: dict[str, Tensor]) -> float:
         return (logits["fp32"].argmax(-1) == logits["labels"]).float().mean().item()
@@ -197,16 +190,14 @@ class _Diagnosis:
             subject=subject, scheme=self.scheme, schemes=self.schemes, effort=self.effort,
             seed=self.config.models.seed, fp_top1=self._fp_top1(logits), float_logits=logits["fp32"],
             low_logits=logits[self.scheme], labels=logits["labels"], classes=material.classes,
-            corrupted=self.corrupted, preprocessing=material.loaded.preprocessing, progress=progress,
+            corrupted=self.looked_at.corrupted, preprocessing=material.loaded.preprocessing, progress=progress,
         )  # fmt: skip
 
     def _rows(self, name: str, logits: dict[str, Tensor]) -> list[dict[str, Any]]:
         """Rows of results.json for calibrated rounding."""
-        labels = logits["labels"]
-        self.reference = logits["fp32"] if self.reference is None else self.reference
         rows = []
         for scheme in ("fp32", *self.schemes):
-            figures = worth(logits[scheme], labels, self.reference)
+            figures = worth(logits[scheme], logits["labels"], self.reference)
             rows.append({
                 "arm": name, "scheme": scheme, "method": "none" if scheme == "fp32" else "rtn",
                 "seed": self.config.models.seed, "fp_top1": self._fp_top1(logits), **figures,
@@ -226,7 +217,7 @@ class _Diagnosis:
     def _advice(self, name: str, subject: Subject) -> list[dict[str, Any]]:
         """What to do with the first network, and how the others compare."""
         found = self.flatness["networks"][name]
-        split, few = found["split"], self.effort.images
+        split = found["split"]
         worst = sorted(split["layers"], key=lambda layer: layer["both"], reverse=True)
         low: dict[str, Any] = subject.grids(self.scheme)
         few_bits = {
@@ -236,17 +227,21 @@ class _Diagnosis:
         top1 = [(p["scheme"], p["measured_top1"]) for p in found["prediction"] if p["measured_top1"] is not None]
         advice = [about_bits(found["fp_top1"], top1)] if top1 else []
         advice.append(about_parts(self.scheme, split["weights"], split["activations"], split["interaction"]))
-        advice += about_products(spare(subject, self.scheme, worst), few)
+        advice += about_products(spare(subject, self.scheme, worst), subject.images)
+        rows = {(row["arm"], row["scheme"]): row for row in self.results["rows"] if row["method"] == "rtn"}
+        both = [(n, rows.get((n, self.scheme))) for n in self.networks]
+        advice += about_others(self.scheme, {n: (row["fp_top1"], row["top1"]) for n, row in both if row})
         return [asdict(one) for one in advice]
 
     def _write(self) -> None:
         loaded, data, options = self.material.loaded, self.material.data, self.config.models
-        effort = self.effort
+        counts = {name: len(getattr(self.looked_at, name).dataset) for name in ("calibration", "images", "corrupted")}
         card = {
             "model": loaded.name, "checkpoint": loaded.weights_hash, "data": data.name,
-            "test_images": self.test_images, "calibration_images": effort.calibration_images,
-            "calibration_seed": options.seed, "images_looked_at": effort.images,
-            "images_layer_by_layer": effort.layer_images, "images_corrupted": effort.corrupted_images,
+            "test_images": self.looked_at.test_images, "calibration_images": counts["calibration"],
+            "calibration_seed": options.seed, "images_looked_at": counts["images"],
+            "images_layer_by_layer": min(counts["images"], self.effort.layer_images),
+            "images_corrupted": counts["corrupted"],
             "looked_at_scheme": self.scheme, "seed": options.seed, "batch_size": options.batch_size,
             "threads": torch.get_num_threads(), "device": str(self.material.device),
             f"scheme_{self.scheme}": Scheme.parse(self.scheme).describe().partition(": ")[2],

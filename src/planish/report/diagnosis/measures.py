@@ -39,17 +39,26 @@ def headline(networks: Networks) -> Headline | None:
 
 
 def table(networks: Networks) -> Table | None:
-    """All measures of sharpness, one line each; lower is flatter."""
-    lines = [line for line in _lines(networks) if any(cell != show(NAN) for cell in line[1:])]
+    """All measures of sharpness, one line each; lower is flatter. How much each tells, where the diagnosis says so."""
+    lines = [line for line in _lines(networks) if any(cell != show(NAN) for cell in line[2:])]
     if not lines:
         return None
-    return Table("Measures of sharpness; lower is flatter. Losses are in nats.", ("", *networks.names), lines)
+    caption = "Measures of sharpness; lower is flatter. Losses are in nats."
+    ranks = mapping(mapping(networks.flatness.get("headline")).get("ranks"))
+    if not ranks:
+        return Table(caption, ("", *networks.names), [line[1:] for line in lines])
+    told = [(*line[1:], str(ranks.get(line[0], show(NAN)))) for line in lines]
+    return Table(caption, ("", *networks.names, "tells"), told)
 
 
 def _lines(networks: Networks) -> Iterator[tuple[str, ...]]:
+    """A key, the words, and a cell for each network."""
     names = networks.names
-    yield ("loss in float", *(show(networks.number(n, "loss")) for n in names))
-    yield (f"rise of the loss at {networks.scheme}", *(show(networks.number(n, "split", "both")) for n in names))
+    yield ("loss", "loss in float", *(show(networks.number(n, "loss")) for n in names))
+    both = (show(networks.number(n, "split", "both")) for n in names)
+    yield ("both", f"rise of the loss at {networks.scheme}", *both)
+    yield ("imitated", "divergence under imitated rounding", *(show(_imitated(networks, n)) for n in names))
+    yield ("rounding", "rise along the rounding of the weights", *(show(_rounded(networks, n)) for n in names))
     for key, words in (
         ("sam", "SAM: worst rise nearby"),
         ("asam", "ASAM: the same, relative to each weight"),
@@ -62,20 +71,32 @@ def _lines(networks: Networks) -> Iterator[tuple[str, ...]]:
     ):
         yield from _noisy(networks, key, words)
     traces = [networks.mapping(n, "curvature", "trace") for n in names]
-    yield ("trace of the Hessian", *(with_error(number(t.get("value")), number(t.get("error"))) for t in traces))
+    traced = (with_error(number(t.get("value")), number(t.get("error"))) for t in traces)
+    yield ("trace", "trace of the Hessian", *traced)
     tops = [numbers(networks.mapping(n, "curvature").get("eigenvalues")) for n in names]
-    yield ("largest eigenvalue", *(show(top[0] if top else NAN) for top in tops))
+    yield ("eigenvalue", "largest eigenvalue", *(show(top[0] if top else NAN) for top in tops))
     others = mapping(networks.flatness.get("headline")).get("others")
     for other in others if isinstance(others, list) else []:
         values = mapping(mapping(other).get("values"))
-        yield (str(mapping(other).get("name")), *(show(number(values.get(n))) for n in names))
+        yield ("", str(mapping(other).get("name")), *(show(number(values.get(n))) for n in names))
+
+
+def _imitated(networks: Networks, name: str) -> float:
+    rows = [row for row in networks.rows(name, "prediction") if row.get("scheme") == networks.scheme]
+    return number(rows[0].get("divergence")) if rows else NAN
+
+
+def _rounded(networks: Networks, name: str) -> float:
+    """The rise of the loss from the float weights to the rounded ones."""
+    path = {number(row.get("t")): number(row.get("loss")) for row in networks.rows(name, "sharpness", "rounding")}
+    return path.get(1.0, NAN) - path.get(0.0, NAN)
 
 
 def _nearby(networks: Networks, key: str, words: str) -> Iterator[tuple[str, ...]]:
     found = [networks.mapping(n, "sharpness", key) for n in networks.names]
     radii = {tick(rho) for f in found if known(rho := number(f.get("rho")))}
     words += f" (\N{GREEK SMALL LETTER RHO} = {radii.pop()})" if len(radii) == 1 else ""
-    yield (words, *(with_error(number(f.get("increase")), number(f.get("error"))) for f in found))
+    yield (key, words, *(with_error(number(f.get("increase")), number(f.get("error"))) for f in found))
 
 
 def _noisy(networks: Networks, key: str, words: str) -> Iterator[tuple[str, ...]]:
@@ -93,4 +114,5 @@ def _noisy(networks: Networks, key: str, words: str) -> Iterator[tuple[str, ...]
         clean = [number(row.get("loss")) for row in path if number(row.get("t")) == 0]
         return (noisy or [NAN])[0] - (clean or [networks.number(name, "loss")])[0]
 
-    yield (f"{words} (\N{GREEK SMALL LETTER SIGMA} = {tick(size)} steps)", *(show(rise(n)) for n in networks.names))
+    words += f" (\N{GREEK SMALL LETTER SIGMA} = {tick(size)} steps)"
+    yield (key, words, *(show(rise(n)) for n in networks.names))
