@@ -204,7 +204,7 @@ def check_classes(model: nn.Module, data: ImageData) -> None:
         wrong = next(i for i, pair in enumerate(zip(own, data.classes, strict=True)) if pair[0] != pair[1])
         raise PlanishError(
             f"the model's class {wrong} is {own[wrong]!r} and that of {data.name} is {data.classes[wrong]!r}: the "
-            f"names are the same in another order, so name the class folders such that they sort as the model's classes"
+            f"names are the same in another order, so put the data's into the model's (class folders sort by name)"
         )
 
 
