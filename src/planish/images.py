@@ -49,6 +49,11 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return image
 
 
+def reversed_channels(image: Image.Image) -> Image.Image:
+    """An RGB image with its first channel last, for networks that were trained on BGR."""
+    return Image.merge(image.mode, image.split()[::-1])
+
+
 def list_images(folder: Path) -> tuple[list[Path], int]:
     """The image files below a folder, sorted by name, hidden ones left out; and how many other files there are."""
     found, other = [], 0

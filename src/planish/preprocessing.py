@@ -8,6 +8,7 @@ from typing import Any
 
 from planish.errors import PlanishError
 
+ORDERS = ("rgb", "bgr")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -17,7 +18,8 @@ class Preprocessing:
     """How an image becomes a model's input: resize to ``size / crop_pct``, crop the centre, normalize.
 
     ``input_size`` is (channels, height, width) with 1 channel (grey) or 3 (RGB); ``mean`` and ``std`` have one value a
-    channel, for pixels in [0, 1]; ``interpolation`` and ``crop_mode`` are timm's names. The defaults are ImageNet's.
+    channel, for pixels in [0, 1]; ``interpolation`` and ``crop_mode`` are timm's names; ``channel_order`` is ``"rgb"``
+    or ``"bgr"``, in which ``mean`` and ``std`` are then, too. The defaults are ImageNet's.
     """
 
     input_size: tuple[int, int, int] = (3, 224, 224)
@@ -26,6 +28,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    channel_order: str = "rgb"
 
     def __post_init__(self) -> None:
         channels = self.input_size[0] if len(self.input_size) == 3 else None
@@ -41,10 +44,21 @@ class Preprocessing:
             )
         if not 0 < self.crop_pct <= 1:
             raise PlanishError(f"preprocessing: crop_pct is {self.crop_pct}, expected a fraction in (0, 1]")
+        if self.channel_order not in ORDERS or (self.channel_order == "bgr" and channels != 3):
+            raise PlanishError(
+                f"preprocessing: channel_order is {self.channel_order!r:.60} of {channels} channels, "
+                f"expected rgb, or bgr of 3"
+            )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a file's metadata; :func:`preprocessing_from` reads them back."""
-        return asdict(self)
+        """Plain values, for a file's metadata; :func:`preprocessing_from` reads them back.
+
+        ``channel_order`` is among them only where it is not ``"rgb"``: files from before it was there have none.
+        """
+        values = asdict(self)
+        if self.channel_order == "rgb":
+            del values["channel_order"]
+        return values
 
 
 def preprocessing_from(values: Mapping[str, Any]) -> Preprocessing:
@@ -70,12 +84,13 @@ _KINDS = {
     "interpolation": "a name",
     "crop_pct": "a number",
     "crop_mode": "a name",
+    "channel_order": "a name",
 }
 
 
 def _is(key: str, value: Any) -> bool:
     """Whether a value is of the kind that its field holds; what comes from a file can be anything."""
-    if key in ("interpolation", "crop_mode"):
+    if key in ("interpolation", "crop_mode", "channel_order"):
         return isinstance(value, str)
     if key == "crop_pct":
         return _is_number(value)

@@ -11,7 +11,7 @@ from torch import nn
 
 import planish
 from planish.deploy.origin import find_preprocessing, find_recipes, plain_recipe
-from planish.deploy.packed.architecture import check_recipe, layout_of, timm_layout
+from planish.deploy.packed.architecture import check_recipe, layout_of, recipe_layout
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from tests.deploy.tiny import LOOKS
@@ -47,7 +47,7 @@ def test_the_arguments_of_a_timm_model_are_found(name, arguments, kept):
         model.__dict__.pop("_model_args", None)
     for recipe in find_recipes(model, None):
         check_recipe(recipe)
-        if timm_layout(recipe, [], 100) == layout_of(model):
+        if recipe_layout(recipe, [], 100) == layout_of(model):
             return
     raise AssertionError(find_recipes(model, None))
 

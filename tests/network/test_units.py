@@ -8,6 +8,7 @@ from torch import nn
 
 from planish.network import watch
 from planish.network.units import find_units, join_units
+from planish.ptq import quantize
 from tests.training import tiny
 
 torch.set_num_threads(1)
@@ -110,3 +111,43 @@ def test_units_are_joined_where_their_sizes_differ_most():
     joined = join_units(found, products, 2)[-1]
     assert (joined.first, joined.path, joined.shape) == ("2", "4", (1, 2))
     assert joined.products == tuple(name for unit in found[2:] for name in unit.products)
+
+
+class _Tuples(nn.Module):
+    """Blocks that return a tuple: the tensor with its side, or alone."""
+
+    class Block(nn.Module):
+        def __init__(self, rest):
+            super().__init__()
+            self.first, self.second, self.rest = nn.Linear(8, 8), nn.Linear(8, 8), rest
+
+        def forward(self, x):
+            return (x + self.second(self.first(x).relu()), *self.rest)
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.head = self.Block(((4, 4), None)), self.Block(()), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x, (height, width), _ = self.one(x.flatten(1)[:, :8])
+        (x,) = self.two(x * (height == width))
+        return self.head(x)
+
+
+def test_what_a_block_returns_beside_its_tensor_is_known():
+    found, _ = units(_Tuples())
+    assert [unit.path for unit in found] == ["one", "two", "head"]
+    assert [unit.rest for unit in found] == [((4, 4), None), (), None]
+    x = torch.zeros(1)
+    assert [unit.returned(x) for unit in found] == [(x, (4, 4), None), (x,), x]
+    assert all(unit.link for unit in found)
+
+
+@pytest.mark.parametrize("method", ["fast", "qdrop"])
+def test_networks_of_such_blocks_are_quantized(method):
+    torch.manual_seed(0)
+    model, images = _Tuples().eval(), torch.randn(8, 3, 4, 4)
+    made = quantize(model, [images[:5], images[5:]], "w4a4", method=method)
+    plain = quantize(model, [images[:5], images[5:]], "w4a4")
+    errors = [(m(images) - model(images)).square().mean() for m in (made, plain)]
+    assert errors[0] < errors[1]

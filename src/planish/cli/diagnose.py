@@ -13,6 +13,7 @@ from rich.console import Console
 from planish.cli.options import Diagnose
 from planish.cli.resume import fresh_name
 from planish.errors import PlanishError
+from planish.models.huggingface import is_huggingface
 from planish.recipes.config import DiagnosisConfig, ModelOptions, RunConfig, flat_dict, from_flat_dict
 from planish.recipes.diagnosis import check_diagnosis, diagnose
 from planish.recipes.processes import count_processes, make_console
@@ -28,7 +29,7 @@ def execute(command: Diagnose) -> None:
     if count_processes() > 1:
         raise PlanishError("planish diagnose runs in one process: start it without accelerate launch")
     config = DiagnosisConfig(**{item.name: getattr(command, item.name) for item in fields(DiagnosisConfig)})
-    if command.network and Path(command.network).is_dir():
+    if command.network and Path(command.network).is_dir() and not is_huggingface(command.network):
         _run_folder(command, config)
     else:
         _model(command, config)

@@ -19,7 +19,7 @@ from planish.deploy.checkpoint import load, read_head
 from planish.deploy.onnx.export import Exported, export
 from planish.deploy.onnx.runtime import milliseconds, quantize_static
 from planish.errors import PlanishError
-from planish.models import Preprocessing, check_classes, load_model
+from planish.models import Preprocessing, check_classes, classes_of, load_model
 from planish.network import detach
 from planish.recipes.processes import make_console
 from planish.recipes.session import free_cores, say
@@ -44,7 +44,7 @@ def execute(command: Export) -> None:
     tests = Subset(data.test, range(min(command.images, len(data.test))))  # type: ignore[arg-type]
     done = export(
         model, command.out, images=make_loader(tests, BATCH, shuffle=False, seed=0), layout=command.layout,
-        output_bits=command.output_bits, calibration=calibration, classes=classes or data.classes,
+        output_bits=command.output_bits, calibration=calibration, classes=classes or classes_of(model, data),
     )  # fmt: skip
     for line in [*weight_lines(done), "", str(done)]:
         console.print(line, markup=False, highlight=False, no_wrap=True, crop=False, overflow="ignore")

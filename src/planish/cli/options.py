@@ -81,7 +81,7 @@ class Train:
     """Train the quantized network itself, and write it as a quantized model with its protocol beside it."""
 
     network: Positional[Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]] = ""
-    """the same as --model: vit or convnet (embedded), a timm name, or file.py:function"""
+    """the same as --model: vit or convnet (embedded), a timm name, hf:NAME, torchvision:NAME, or file.py:function"""
     scheme: str = "w4a4"
     """bits of weights and activations, such as w2a4"""
     method: str = "lsq"
@@ -121,8 +121,8 @@ class Diagnose(DiagnosisConfig):
     """Measure why a network breaks at low bits: errors, curvature, sharpness, what each layer loses, what to do."""
 
     network: Positional[Annotated[str, arg(metavar="MODEL|RUN", help_behavior_hint="")]] = ""
-    """the same as --model: vit or convnet (embedded), a timm name, or file.py:function; or the folder of a run, whose
-    arms are looked at and whose report is completed"""
+    """the same as --model: vit or convnet (embedded), a timm name, hf:NAME, torchvision:NAME, or file.py:function; or
+    the folder of a run, whose arms are looked at and whose report is completed"""
     against: Annotated[tuple[Path, ...], arg(metavar="FILE [FILE ...]", help_behavior_hint="")] = ()
     """weights of the same network to set beside it, such as those that planish flatten wrote"""
     out: OptionalPath = None

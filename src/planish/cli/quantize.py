@@ -63,7 +63,7 @@ def execute(command: Quantize) -> None:
     if bits is not None:
         protocol |= {"budget": bits.budget, "budget_activations": bits.activations}
     if is_main():
-        save(model, command.out, protocol=protocol, classes=material.data.classes)
+        save(model, command.out, protocol=protocol, classes=material.classes)
     say(console, f"{command.out}: {scheme} by {method}; {weights_megabytes(model):.3f} MB of weights at their bits")
     if bits is not None:
         say(console, _spent(Budget.parse(bits.budget), loaded.model, model))

@@ -75,7 +75,7 @@ def execute(command: Train) -> None:
             protocol["seconds"] = round(seconds, 1)
         oscillation = _oscillation(training, trained)
         if is_main():
-            save(trained, command.out, protocol=protocol, classes=material.data.classes)
+            save(trained, command.out, protocol=protocol, classes=material.classes)
             whole = {"protocol": protocol, "environment": environment(), "oscillation": oscillation}
             write_text(card, json.dumps(whole, indent=2, default=str))
     kept.drop()

@@ -90,6 +90,8 @@ class BatchedTensorDataset(Dataset[tuple[Tensor, int]]):
         if self.augment:
             images = shift_and_flip(images, draw(self.seed, self.epoch, index.numpy(), 3), self.max_shift)
         images = with_channels(fit_size(images, self.preprocessing), self.preprocessing.input_size[0])
+        if self.preprocessing.channel_order == "bgr":
+            images = images.flip(1)
         return images.float().div_(255).sub_(self._mean).div_(self._std), self.targets[index]
 
 

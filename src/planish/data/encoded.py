@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 from planish.data.decode import Encoded, read_image
 from planish.data.randomness import draw
 from planish.errors import PlanishError
+from planish.images import reversed_channels
 from planish.models.preprocessing import Preprocessing
 
 
@@ -75,6 +76,8 @@ class EncodedImages(Dataset[tuple[Tensor, int]]):
             image = read_image(sample, self.preprocessing.input_size[0])
         except Exception as error:
             raise PlanishError(f"{sample} could be read when the data were loaded and cannot now: {error}") from error
+        if self.preprocessing.channel_order == "bgr":
+            image = reversed_channels(image)
         if not self.augment:
             return self._plain(image), self.labels[index]
         key = int(draw(self.seed, self.epoch, np.array([index % len(self)]), 1)[0, 0] >> np.uint64(1))

@@ -12,7 +12,7 @@ one float32 output ``logits`` (batch, classes). Its metadata holds, under the ke
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ INPUT, OUTPUT = "images", "logits"
 FLOAT = "float"  # the scheme of a model that is not quantized
 MAX_SIDE, MIN_CROP = 8192, 0.01
 _TEXTS = ("planish", "name", "scheme")
+_PREPROCESSING = tuple(Preprocessing.__dataclass_fields__)
 _FIELDS = ("format", *_TEXTS, "classes", "preprocessing", "protocol")
 
 
@@ -115,7 +116,7 @@ def _from_values(values: dict[str, Any]) -> Card:
     classes, preprocessing = values["classes"], values["preprocessing"]
     if not isinstance(preprocessing, dict):
         raise PlanishError(f"the card of the model: preprocessing is {preprocessing!r:.60}, expected a JSON object")
-    _check_names("the preprocessing in the card of the model", preprocessing, tuple(Preprocessing.__dataclass_fields__))
+    _check_names("the preprocessing in the card of the model", preprocessing, _PREPROCESSING, {"channel_order"})
     return Card(
         name=values["name"], scheme=values["scheme"], planish=values["planish"], protocol=values["protocol"],
         classes=tuple(classes) if isinstance(classes, list) else classes,
@@ -123,8 +124,10 @@ def _from_values(values: dict[str, Any]) -> Card:
     )  # fmt: skip
 
 
-def _check_names(what: str, values: Mapping[str, Any], expected: tuple[str, ...]) -> None:
-    if missing := [key for key in expected if key not in values]:
+def _check_names(
+    what: str, values: Mapping[str, Any], expected: tuple[str, ...], optional: Set[str] = frozenset()
+) -> None:
+    if missing := [key for key in expected if key not in values and key not in optional]:
         raise PlanishError(f"{what} lacks {missing[0]!r}: export the model again")
     if unknown := sorted(set(values) - set(expected)):
         raise PlanishError(f"{what} has an unknown entry {unknown[0]!r:.60}, expected {', '.join(expected)}")

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from planish.deploy.origin import find_preprocessing, find_recipes
+from planish.deploy.origin import find_classes, find_preprocessing, find_recipes
 from planish.deploy.packed.agreement import check_agreement
-from planish.deploy.packed.architecture import built, check_recipe, layout_of, timm_layout
+from planish.deploy.packed.architecture import built, check_recipe, layout_of, recipe_layout
 from planish.deploy.packed.container import (
     KEY,
     names_itself,
@@ -55,8 +55,9 @@ def save(
     Args:
         model: what :func:`planish.quantize`, ``train`` or ``flatten`` gave back, or any classifier in float.
         path: the file; it holds the old or the new content, never a part.
-        recipe: what builds the architecture: a timm name, ``"file.py:function"``, or ``{"source": "timm",
-            "architecture": name, "arguments": {...}}``. For a timm model it can be found out.
+        recipe: what builds the architecture: a timm name, ``"torchvision:NAME"``, ``"file.py:function"``, or
+            ``{"source": "timm", "architecture": name, "arguments": {...}}``, where the source may be ``"torchvision"``
+            or ``"hf"``, too. For a model of timm or transformers it can be found out.
         preprocessing: what the images go through.
         protocol: all that the model's numbers depend on; plain values.
         classes: their names, in the order of the logits.
@@ -70,15 +71,14 @@ def save(
     path = Path(path)
     images = find_preprocessing(model, preprocessing)
     card = dict(getattr(model, "planish_protocol", None) or {}) if protocol is None else dict(protocol)
-    names = getattr(model, "planish_classes", None) if classes is None else classes
     content = content_of(model)
     chosen = _fitting_recipe(find_recipes(model, recipe), content, given=recipe is not None)
     head = replace(
         content.head, recipe=chosen, preprocessing=images, protocol=card,
-        classes=None if names is None else tuple(str(name) for name in names),
+        classes=find_classes(model, classes),
     )  # fmt: skip
     check = None
-    if verify and chosen["source"] == "timm":
+    if verify and chosen["source"] != "file":
 
         def check(written: Path) -> None:
             _verify(model, written, images)
@@ -94,7 +94,7 @@ def _fitting_recipe(recipes: list[dict[str, Any]], content: Content, given: bool
             return recipe
         try:
             check_recipe(recipe)
-            layout = timm_layout(recipe, content.head.rebuilt, len(content.entries))
+            layout = recipe_layout(recipe, content.head.rebuilt, len(content.entries))
             check_agreement(content.head, content.entries, layout)
             return recipe
         except PlanishError as error:
@@ -103,7 +103,7 @@ def _fitting_recipe(recipes: list[dict[str, Any]], content: Content, given: bool
         raise PlanishError(f"the recipe does not build this model{why}")
     raise PlanishError(
         f"it is not known how to build this {content.name} again{why}: give save(..., recipe=) a timm name, "
-        f'"file.py:function", or {{"source": "timm", "architecture": NAME, "arguments": {{...}}}}'
+        f'"torchvision:NAME", "file.py:function", or {{"source": SOURCE, "architecture": NAME, "arguments": {{...}}}}'
     )
 
 
@@ -177,7 +177,7 @@ def load(path: Path | str, *, trust: bool = False) -> nn.Module:
             check_agreement(head, table.entries, layout)
         else:
             check_recipe(head.recipe)
-            layout = timm_layout(head.recipe, head.rebuilt, len(table.entries))
+            layout = recipe_layout(head.recipe, head.rebuilt, len(table.entries))
             check_agreement(head, table.entries, layout)
             model = None
         restored = Restoring(head, table, data)

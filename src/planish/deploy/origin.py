@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,10 @@ from torch import nn
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from planish.models.foreign import foreign_preprocessing, split_file_name
+from planish.models.huggingface_config import recipe_of
+from planish.models.load import SOURCES
 from planish.models.preprocessing import timm_preprocessing
+from planish.models.torchvision_models import PREFIX as TORCHVISION
 
 
 def find_preprocessing(model: nn.Module, given: Preprocessing | None) -> Preprocessing:
@@ -21,6 +24,14 @@ def find_preprocessing(model: nn.Module, given: Preprocessing | None) -> Preproc
     if getattr(model, "planish_preprocessing", None) is None and hasattr(model, "pretrained_cfg"):
         return timm_preprocessing(model)
     return foreign_preprocessing(model)
+
+
+def find_classes(model: nn.Module, given: Sequence[str] | None) -> tuple[str, ...] | None:
+    """The names of the classes that were given, else the model's own, also those of a transformers configuration."""
+    names = getattr(model, "planish_classes", None) if given is None else given
+    if names is None and (of_transformers := recipe_of(model)) is not None:
+        names = of_transformers[1]
+    return None if names is None else tuple(str(name) for name in names)
 
 
 def find_recipes(model: nn.Module, given: Mapping[str, Any] | str | None) -> list[dict[str, Any]]:
@@ -37,6 +48,8 @@ def find_recipes(model: nn.Module, given: Mapping[str, Any] | str | None) -> lis
         found.append(plain_recipe(own))
         if own.get("source") == "file":
             return found
+    elif (of_transformers := recipe_of(model)) is not None:
+        found.append(of_transformers[0])
     config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
     name = config.get("architecture") if isinstance(config, dict) else getattr(config, "architecture", None)
     if isinstance(name, str):
@@ -52,6 +65,8 @@ def plain_recipe(recipe: Mapping[str, Any] | str) -> dict[str, Any]:
     """
     if isinstance(recipe, str):
         file = split_file_name(recipe)
+        if file is None and recipe.startswith(TORCHVISION):
+            return {"source": "torchvision", "architecture": recipe.removeprefix(TORCHVISION), "arguments": {}}
         if file is None:
             return _timm(recipe, {})
         return {"source": "file", "path": str(file[0].resolve()), "function": file[1]}
@@ -59,8 +74,8 @@ def plain_recipe(recipe: Mapping[str, Any] | str) -> dict[str, Any]:
         plain = json.loads(json.dumps(dict(recipe), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise PlanishError(f"the recipe of the architecture is no plain data: {error}") from None
-    if plain.get("source") not in ("timm", "file"):
-        raise PlanishError(f"the recipe's source is {plain.get('source')!r}, expected 'timm' or 'file'")
+    if plain.get("source") not in SOURCES:
+        raise PlanishError(f"the recipe's source is {plain.get('source')!r}, expected one of {', '.join(SOURCES)}")
     return plain
 
 

@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from planish.errors import PlanishError
+from planish.images import reversed_channels
 from planish.preprocessing import Preprocessing
 
 INTERPOLATIONS = {
@@ -35,6 +36,8 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
             f"preprocessing: the interpolation {preprocessing.interpolation!r:.60} is not known, "
             f"expected one of {', '.join(INTERPOLATIONS)}"
         )
+    if preprocessing.channel_order == "bgr":
+        image = reversed_channels(image)
     border = preprocessing.crop_mode == "border"
     fill = tuple(round(255 * value) for value in preprocessing.mean) if border else 0
     height, width = preprocessing.input_size[1:]

@@ -1,4 +1,4 @@
-"""A model by name: embedded, from timm, or from a Python file."""
+"""A model by name: embedded, of timm, Hugging Face or torchvision, or from a Python file."""
 
 from __future__ import annotations
 
@@ -14,13 +14,24 @@ from torch import Tensor, nn
 from planish.errors import PlanishError
 from planish.models.embedded import EMBEDDED_MODELS, build_embedded, card, embedded_preprocessing, embedded_state
 from planish.models.foreign import build_from_file, foreign_preprocessing, split_file_name
+from planish.models.heads import new_head
+from planish.models.huggingface import is_huggingface, load_huggingface
+from planish.models.huggingface_config import build_huggingface
 from planish.models.preprocessing import Preprocessing, timm_preprocessing
+from planish.models.torchvision_models import PREFIX as TORCHVISION
+from planish.models.torchvision_models import build_torchvision, load_torchvision
 from planish.models.weights import fit_weights, read_weights, state_hash
+from planish.network.batches import logits_of
 
 if TYPE_CHECKING:
     from planish.data import ImageData
 
 _HUBS = ("hf-hub:", "hf_hub:", "local-dir:")
+SOURCES = ("timm", "hf", "torchvision", "file")  # of a recipe
+KINDS = (
+    "vit or convnet (embedded), a timm name, hf:NAME or a folder that save_pretrained wrote (Hugging Face), "
+    "torchvision:NAME, or file.py:function"
+)
 
 
 @dataclass
@@ -37,11 +48,15 @@ class LoadedModel:
 def load_model(
     name: str = "vit", *, weights: Path | str | None = None, num_classes: int | None = None, trust: bool = False
 ) -> LoadedModel:
-    """Load ``"vit"`` or ``"convnet"`` (embedded), ``"path/file.py:function"``, or a timm model; in evaluation mode.
+    """Load a model by name, in evaluation mode.
 
     Args:
-        weights: a safetensors or torch checkpoint of this architecture. Without it an embedded network has its own
-            weights, a timm model its published ones (downloaded), a model from a file what its function gave it.
+        name: ``"vit"`` or ``"convnet"`` (embedded); a timm name; ``"hf:OWNER/NAME"`` (Hugging Face's hub),
+            ``"hf:FOLDER"`` or a folder that ``save_pretrained`` wrote; ``"torchvision:NAME"``, or
+            ``"torchvision:NAME:DEFAULT"`` for published weights; ``"path/file.py:function"``.
+        weights: a safetensors or torch checkpoint of this architecture. Without it an embedded network and a folder
+            have their own weights, a name of timm or of the hub its published ones (downloaded), a model from a file
+            what its function gave it.
         num_classes: size of the head. Default: what the checkpoint has. Another one than the pretrained weights' gets
             a new head, the same for every call.
         trust: whether code in a named Python file may be run.
@@ -52,6 +67,7 @@ def load_model(
     if num_classes is not None and num_classes < 2:
         raise PlanishError(f"num_classes is {num_classes}: a classifier needs at least two classes")
     state = None if weights is None else read_weights(weights)[0]
+    classes: tuple[str, ...] | None = None
     if (file := split_file_name(name)) is not None:
         recipe: dict[str, Any] = {"source": "file", "path": str(file[0].resolve()), "function": file[1]}
         model = build(recipe, trust=trust)
@@ -59,6 +75,11 @@ def load_model(
     elif name in EMBEDDED_MODELS:
         model, recipe = _embedded(name, state, num_classes)
         preprocessing = embedded_preprocessing(card(name))
+    elif is_huggingface(name):
+        found = load_huggingface(name, state, num_classes)
+        model, recipe, preprocessing, classes = found.model, found.recipe, found.preprocessing, found.classes
+    elif name.startswith(TORCHVISION):
+        model, recipe, preprocessing, classes = load_torchvision(name, state, num_classes)
     else:
         model, recipe = _from_timm(name, state, num_classes)
         preprocessing = timm_preprocessing(model)
@@ -66,6 +87,8 @@ def load_model(
         fit_weights(model, state, name=name, source=str(weights))
     # copies keep attributes, so planish.save finds them in whatever is made of the model
     model.planish_recipe, model.planish_preprocessing = recipe, preprocessing  # type: ignore[assignment]
+    if classes is not None:
+        model.planish_classes = classes  # type: ignore[assignment]
     return LoadedModel(model.eval(), name, preprocessing, state_hash(model), recipe)
 
 
@@ -87,7 +110,11 @@ def build(recipe: Mapping[str, Any], *, trust: bool = False) -> nn.Module:
         return build_from_file(path, function)
     if source == "timm":
         return timm.create_model(recipe["architecture"], pretrained=False, **recipe["arguments"])
-    raise PlanishError(f"a model of the source {source!r} cannot be built: expected 'timm' or 'file'")
+    if source == "hf":
+        return build_huggingface(recipe["architecture"], recipe["arguments"])
+    if source == "torchvision":
+        return build_torchvision(recipe["architecture"], recipe["arguments"])
+    raise PlanishError(f"a model of the source {source!r} cannot be built: expected one of {', '.join(SOURCES)}")
 
 
 def _embedded(
@@ -112,7 +139,9 @@ def _from_timm(
     if not name.startswith(_HUBS) and not timm.is_model(name.split(".")[0]):
         known = [*EMBEDDED_MODELS, *timm.list_models()]
         close = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.0)
-        raise PlanishError(f"there is no model {name!r}: the closest of timm's and planish's are {', '.join(close)}")
+        raise PlanishError(
+            f"there is no model {name!r}: expected {KINDS}; the closest of timm's and planish's are {', '.join(close)}"
+        )
     try:
         model = timm.create_model(name, pretrained=state is None)
     except Exception as error:  # urllib, httpx, huggingface_hub and timm each raise their own
@@ -140,8 +169,7 @@ def _head_size(model: nn.Module, state: Mapping[str, Tensor] | None) -> int | No
 
 
 def _new_head(model: Any, classes: int) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with new_head():
         model.reset_classifier(classes)
 
 
@@ -163,11 +191,23 @@ def check_classes(model: nn.Module, data: ImageData) -> None:
         ) from error
     finally:
         model.train(training)
-    if not isinstance(output, Tensor) or output.dim() != 2:
-        shape = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"type {type(output).__name__}"
-        raise PlanishError(f"the model's output has {shape}, expected logits of shape (images, classes)")
+    output = logits_of(output)
+    if output.dim() != 2:
+        raise PlanishError(f"the model's output has shape {tuple(output.shape)}, expected logits (images, classes)")
     if output.shape[1] != len(data.classes):
         raise PlanishError(
             f"the model gives {output.shape[1]} logits and {data.name} has {len(data.classes)} classes: "
             f"give num_classes={len(data.classes)} for a new head, or data with the model's classes"
         )
+    own = getattr(model, "planish_classes", None)
+    if own is not None and sorted(own) == sorted(data.classes) and list(own) != list(data.classes):
+        wrong = next(i for i, pair in enumerate(zip(own, data.classes, strict=True)) if pair[0] != pair[1])
+        raise PlanishError(
+            f"the model's class {wrong} is {own[wrong]!r} and that of {data.name} is {data.classes[wrong]!r}: the "
+            f"names are the same in another order, so put the data's into the model's (class folders sort by name)"
+        )
+
+
+def classes_of(model: nn.Module, data: ImageData) -> list[str]:
+    """The names of the model's classes if it has any, else those of the data that it is used with."""
+    return list(getattr(model, "planish_classes", None) or data.classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
@@ -176,11 +176,13 @@ def same_outputs(now: list[Tensor], before: list[Tensor]) -> bool:
 
 
 def tensors_in(value: Any) -> list[Tensor]:
-    """Every tensor in nested sequences and mappings."""
+    """Every tensor in nested sequences, mappings and dataclasses."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
         return [tensor for item in value.values() for tensor in tensors_in(item)]
     if isinstance(value, (tuple, list)):
         return [tensor for item in value for tensor in tensors_in(item)]
+    if is_dataclass(value):
+        return [tensor for field in fields(value) for tensor in tensors_in(getattr(value, field.name))]
     return []

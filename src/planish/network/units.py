@@ -33,6 +33,7 @@ class Unit:
         link: whether the network may be cut at its input and its output.
         shape: of its output for one image.
         before: links right before it that are one unit with it: it begins where the first of them does.
+        rest: what its module returns beside the tensor, the same for all images; None if it returns the tensor itself.
     """
 
     path: str
@@ -40,6 +41,11 @@ class Unit:
     link: bool
     shape: tuple[int, ...] = ()
     before: tuple[Unit, ...] = ()
+    rest: tuple[Any, ...] | None = None
+
+    def returned(self, tensor: Tensor) -> Any:
+        """What the module returns when its output is this tensor."""
+        return tensor if self.rest is None else (tensor, *self.rest)
 
     @property
     def name(self) -> str:
@@ -61,6 +67,7 @@ class _Seen:
     before: Any = None  # nodes of the graph that made its input and its output
     after: Any = None
     shape: tuple[int, ...] = ()
+    rest: tuple[Any, ...] | None = None
 
 
 def first_tensor(value: Any) -> Tensor | None:
@@ -128,7 +135,8 @@ class _Division:
 
     def unit(self, path: str, *, link: bool) -> Unit:
         names = tuple(product.name for product in self.inside(path, self.products))
-        return Unit(path, names, link, self.seen[path].shape if path in self.seen else ())
+        seen = self.seen.get(path, _Seen())
+        return Unit(path, names, link, seen.shape, rest=seen.rest)
 
     def within(self, path: str) -> list[Unit]:
         """The links inside a module, as large as they may be."""
@@ -200,6 +208,7 @@ def _after(note: _Seen) -> Any:
             note.plain = False
             return
         note.after, note.shape = tensor.grad_fn, tuple(tensor.shape)
+        note.rest = None if isinstance(output, Tensor) else tuple(output[1:])
 
     return hook
 

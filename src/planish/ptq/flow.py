@@ -184,7 +184,7 @@ class Flow:
                     given = value if i == index and link is unit else None
                     if given is None:
                         given = value.new_zeros(()).expand(len(value), *link.shape[1:])
-                    stack.enter_context(returning(model.get_submodule(link.path), given))
+                    stack.enter_context(returning(model.get_submodule(link.path), link.returned(given)))
             yield
 
     @torch.no_grad()

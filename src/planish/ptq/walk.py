@@ -23,7 +23,7 @@ from planish.errors import PlanishError
 from planish.network import Product, Site, attach, detach
 from planish.network.batches import call_model, first_image
 from planish.network.taps import taps_of
-from planish.network.units import Unit, find_units
+from planish.network.units import Unit, find_units, first_tensor
 from planish.ptq.flow import batch_size, returning
 from planish.ptq.layers import LayerCall, layer_arguments
 from planish.ptq.shelf import Shelf
@@ -118,7 +118,7 @@ class _Walk:
         held: list[Tensor] = []
         for network, model in enumerate(self.networks):
             for batch, rows in enumerate(self.rows):
-                output = self._output(network, batch, model.get_submodule(self.units[index].path))
+                output = first_tensor(self._output(network, batch, model.get_submodule(self.units[index].path)))
                 if not isinstance(output, Tensor) or output.shape[:1] != (rows.stop - rows.start,):
                     for tensor in held:
                         self.shelf.give_back(tensor)
@@ -156,7 +156,7 @@ class _Walk:
                 value = value.expand(self.rows[batch].stop - self.rows[batch].start, *unit.shape[1:])
             else:
                 continue
-            stack.enter_context(returning(model.get_submodule(unit.path), value))
+            stack.enter_context(returning(model.get_submodule(unit.path), unit.returned(value)))
         return stack
 
 

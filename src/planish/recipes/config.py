@@ -18,7 +18,8 @@ class ModelOptions:
     """Which network, which images."""
 
     model: str = "vit"
-    """vit or convnet (embedded), a timm name, or file.py:function"""
+    """vit or convnet (embedded), a timm name, hf:NAME or a folder that save_pretrained wrote (Hugging Face),
+    torchvision:NAME (torchvision:NAME:DEFAULT fetches published weights), or file.py:function"""
     weights: OptionalPath = None
     """safetensors or torch state_dict to load into the model"""
     data: OptionalPath = None

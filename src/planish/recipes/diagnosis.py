@@ -189,7 +189,7 @@ class _Diagnosis:
         return Look(
             subject=subject, scheme=self.scheme, schemes=self.schemes, effort=self.effort,
             seed=self.config.models.seed, fp_top1=self._fp_top1(logits), float_logits=logits["fp32"],
-            low_logits=logits[self.scheme], labels=logits["labels"], classes=material.data.classes,
+            low_logits=logits[self.scheme], labels=logits["labels"], classes=material.classes,
             corrupted=self.looked_at.corrupted, preprocessing=material.loaded.preprocessing, progress=progress,
         )  # fmt: skip
 

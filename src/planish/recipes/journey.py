@@ -224,7 +224,7 @@ class _Journey:
         return worth["top1"]
 
     def _save(self, model: nn.Module, name: str, key: dict[str, Any]) -> None:
-        classes = self.material.data.classes
+        classes = self.material.classes
         save_checkpoint(model, self.folder.path(name), protocol={**self.protocol(), **key}, classes=classes)
 
     def protocol(self) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 from planish.data import ImageData, calibration_subset, load_data, make_loader
 from planish.errors import PlanishError
-from planish.models import LoadedModel, check_classes, load_model
+from planish.models import LoadedModel, check_classes, classes_of, load_model
 from planish.recipes.config import RunConfig
 from planish.recipes.processes import count_processes
 from planish.recipes.session import say
@@ -33,6 +33,11 @@ class Material:
     def device(self) -> Any:
         """Where the network is."""
         return next(self.loaded.model.parameters()).device
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the classes: the network's own if it has any, else the data's."""
+        return classes_of(self.loaded.model, self.data)
 
     @property
     def test_images(self) -> int:

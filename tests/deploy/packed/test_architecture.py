@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 
-from planish.deploy.packed.architecture import built, check_recipe, layout_of, limited, timm_layout
+from planish.deploy.packed.architecture import built, check_recipe, layout_of, limited, recipe_layout
 from planish.errors import PlanishError
 from tests.deploy.tiny import RECIPES
 
@@ -22,14 +22,14 @@ def timm_recipe(architecture="test_vit", **arguments):
 def test_a_layout_takes_no_memory_and_is_that_of_the_model():
     for recipe in RECIPES.values():
         check_recipe(recipe)
-        layout = timm_layout(recipe, [], 100)
+        layout = recipe_layout(recipe, [], 100)
         assert layout == layout_of(built(recipe, []))
         shapes = {key: tuple(t.shape) for key, t in built(recipe, []).state_dict().items()}
         assert {key: shape for key, (_, shape) in layout.tensors.items()} == shapes
     big = timm_recipe("vit_giant_patch14_224")
     tracemalloc.start()
     try:
-        assert sum(torch.Size(s).numel() for _, s in timm_layout(big, [], 500).tensors.values()) > 10**9
+        assert sum(torch.Size(s).numel() for _, s in recipe_layout(big, [], 500).tensors.values()) > 10**9
         assert tracemalloc.get_traced_memory()[1] < 50e6
     finally:
         tracemalloc.stop()
@@ -83,24 +83,24 @@ def test_architectures_without_end_are_given_up(name, arguments):
     recipe = timm_recipe(name, **arguments)
     check_recipe(recipe)
     with pytest.raises(PlanishError, match="far more parts than the file has tensors"):
-        timm_layout(recipe, [], 10)
+        recipe_layout(recipe, [], 10)
     assert sys.getprofile() is None
 
 
 def test_what_timm_refuses_is_one_sentence():
     for arguments in ({"no_such": 1}, {"num_heads": 3}, {"patch_size": 0}, {"norm_layer": "os.system"}):
         with pytest.raises(PlanishError, match="'test_vit' cannot be built: ") as caught:
-            timm_layout(timm_recipe(**arguments), [], 10)
+            recipe_layout(timm_recipe(**arguments), [], 10)
         assert "\n" not in str(caught.value)
     for notes in ([{"name": "x", "arguments": {}}], [{"name": "rms-norm", "arguments": {"norms": ["no"]}}],
                   [{"name": "block-compensation", "arguments": {"blocks": [["blocks.0", -1, True]]}}]):  # fmt: skip
         with pytest.raises(PlanishError, match=r"cannot be built|was rebuilt by"):
-            timm_layout(timm_recipe(), notes, 10)
+            recipe_layout(timm_recipe(), notes, 10)
 
 
 def test_changes_of_structure_take_no_memory_either():
     notes = [{"name": "block-compensation", "arguments": {"blocks": [["blocks.0", 10**6, False]]}}]
-    shapes = timm_layout(timm_recipe(), notes, 10).tensors
+    shapes = recipe_layout(timm_recipe(), notes, 10).tensors
     assert shapes["blocks.0.planish_compensation.weight"][1] == (10**6, 10**6)
 
 

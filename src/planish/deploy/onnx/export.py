@@ -13,7 +13,7 @@ from torch import nn
 from planish import __version__
 from planish.deploy.card import Card
 from planish.deploy.onnx.runtime import FLOAT, INTEGER, Agreement, compare, kernels, open_session, some_images
-from planish.deploy.origin import find_preprocessing
+from planish.deploy.origin import find_classes, find_preprocessing
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from planish.models.weights import write_whole
@@ -176,7 +176,7 @@ def _scheme(model: nn.Module) -> str:
 
 
 def _labels(model: nn.Module, graph: Any, classes: Sequence[str] | None) -> tuple[str, ...]:
-    given = classes if classes is not None else getattr(model, "planish_classes", None)
+    given = find_classes(model, classes)
     shape = graph.graph.outputs[0].shape
     count = shape[-1] if shape is not None and len(shape) == 2 and isinstance(shape[-1], int) else None
     if count is None:
@@ -185,4 +185,4 @@ def _labels(model: nn.Module, graph: Any, classes: Sequence[str] | None) -> tupl
         return tuple(f"class {i}" for i in range(count))
     if len(given) != count:
         raise PlanishError(f"{len(given)} class names for {count} logits: give a name for each, in their order")
-    return tuple(str(label) for label in given)
+    return given

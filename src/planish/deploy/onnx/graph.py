@@ -19,6 +19,7 @@ from planish.deploy.card import INPUT, OUTPUT
 from planish.deploy.onnx.quiet import quiet
 from planish.deploy.operators import fake_quantize, visible_quantizers
 from planish.errors import PlanishError
+from planish.network.batches import logits_of
 from planish.network.modes import evaluating
 
 DOMAIN, NODE = "planish", "FakeQuantize"
@@ -33,8 +34,7 @@ class _Network(nn.Module):
         self.net = model
 
     def forward(self, images: Tensor) -> Tensor:
-        out: Tensor = self.net(images)
-        return out
+        return logits_of(self.net(images))
 
 
 def _translation() -> dict[Any, Any]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from planish.deploy.card import INPUT
 from planish.deploy.onnx.quiet import quiet
 from planish.errors import PlanishError
-from planish.network.batches import split_batch
+from planish.network.batches import logits_of, split_batch
 from planish.network.modes import evaluating
 
 INTEGER = {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
@@ -91,7 +91,7 @@ def compare(model: nn.Module, session: Any, images: Iterable[Any], what: str = "
     with evaluating(model):
         for batch in images:
             batch = split_batch(batch)[0]
-            expected = model(batch).float().cpu().numpy()
+            expected = logits_of(model(batch)).float().cpu().numpy()
             (got,) = session.run(None, {INPUT: batch.float().cpu().numpy()})
             ordered = np.sort(expected, axis=1)
             margins = ordered[:, -1] - ordered[:, -2] if expected.shape[1] > 1 else np.full(len(ordered), np.inf)

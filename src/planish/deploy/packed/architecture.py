@@ -1,8 +1,9 @@
 """Architectures that a checkpoint may name, and what tensors they have, found out without allocating any.
 
-A recipe comes from a file that may be hostile: it may name one of timm's registered architectures with plain arguments,
-or a Python file, whose code is run only when the caller trusts it. timm's architectures are first built on the meta
-device, where tensors have shapes and no memory, with a limit on the work of building them.
+A recipe comes from a file that may be hostile: it may name one of timm's or torchvision's registered architectures or
+an image classifier of transformers with plain arguments, or a Python file, whose code is run only when the caller
+trusts it. The others are first built on the meta device, where tensors have shapes and no memory, with a limit on the
+work of building them.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from torch import Tensor, nn
 from planish.deploy.packed.values import one_line, shown
 from planish.errors import PlanishError
 from planish.models import build
+from planish.models.huggingface_config import check_huggingface
+from planish.models.torchvision_models import FORBIDDEN as FETCHING
+from planish.models.torchvision_models import check_torchvision
 from planish.network.rebuilding import rebuild
 from planish.network.taps import CHILD
 
@@ -31,11 +35,12 @@ Shape = tuple[torch.dtype, tuple[int, ...]]
 FORBIDDEN = {
     "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "pretrained_strict", "pretrained_custom_load",
     "pretrained_filter_fn", "pretrained_model_args", "checkpoint_path", "cache_dir", "scriptable", "exportable",
-    "no_jit", "features_only", "feature_cls", "feature_cfg", "device", "dtype", "kwargs_filter", "model_cls",
+    "no_jit", "features_only", "feature_cls", "feature_cfg", "device", "dtype", "kwargs_filter", "model_cls", *FETCHING,
 }  # fmt: skip
-LARGEST = {"num_classes": 10_000_000}
+LARGEST = {"num_classes": 10_000_000, "num_labels": 1_000_000}
 MOST, MOST_WINDOW, MOST_VALUES = 16_384, 256, 256  # of one number, of a window's side, of values in all arguments
 WORK, WORK_PER_TENSOR = 300_000, 15_000  # calls of functions while an architecture is built; timm's need up to 7,000
+UNSTORED = 64 * 2**20  # bytes of buffers that a file does not hold (tables of indices), beside as many as of tensors
 
 
 @dataclass(frozen=True)
@@ -82,16 +87,15 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def check_recipe(recipe: Mapping[str, Any]) -> None:
-    """Raise :class:`PlanishError` unless the recipe names a registered timm architecture with plain arguments."""
-    import timm
+    """Raise :class:`PlanishError` unless the recipe names a known architecture with plain arguments.
 
+    Known are what timm and torchvision have registered, and image classifiers of transformers.
+    """
     name, arguments = recipe.get("architecture"), recipe.get("arguments")
-    if set(recipe) != {"source", "architecture", "arguments"} or recipe["source"] != "timm":
-        raise PlanishError("its recipe is none: expected source 'timm', architecture and arguments, or a Python file")
-    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]{1,80}(\.[A-Za-z0-9_\-]{1,80})?", name):
-        raise PlanishError(f"its architecture is {shown(name)}, expected the name of one that timm has registered")
-    if not timm.is_model(name.partition(".")[0]):
-        raise PlanishError(f"its architecture {shown(name)} is not registered in timm {timm.__version__}")
+    check = _CHECKS.get(recipe["source"]) if isinstance(recipe.get("source"), str) else None
+    if set(recipe) != {"source", "architecture", "arguments"} or check is None:
+        sources = ", ".join(_CHECKS)
+        raise PlanishError(f"its recipe is none: expected source ({sources}), architecture and arguments, or a file")
     if not isinstance(arguments, dict):
         raise PlanishError(f"the arguments of its architecture are {shown(arguments)}, expected values by name")
     for key, value in arguments.items():
@@ -100,6 +104,26 @@ def check_recipe(recipe: Mapping[str, Any]) -> None:
         _check_argument(key, value, depth=0)
     if len(list(_leaves(arguments))) > MOST_VALUES:
         raise PlanishError(f"the arguments of its architecture have more than {MOST_VALUES} values")
+    check(name, arguments)
+
+
+def _check_timm(name: Any, arguments: Mapping[str, Any]) -> None:
+    import timm
+
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9_]{1,80}(\.[A-Za-z0-9_\-]{1,80})?", name):
+        raise PlanishError(f"its architecture is {shown(name)}, expected the name of one that timm has registered")
+    if not timm.is_model(name.partition(".")[0]):
+        raise PlanishError(f"its architecture {shown(name)} is not registered in timm {timm.__version__}")
+
+
+def _check_torchvision(name: Any, arguments: Mapping[str, Any]) -> None:
+    try:
+        check_torchvision(name)
+    except PlanishError as error:
+        raise PlanishError(f"its architecture is not there: {error}") from None
+
+
+_CHECKS = {"timm": _check_timm, "hf": check_huggingface, "torchvision": _check_torchvision}
 
 
 def _check_argument(key: str, value: Any, depth: int) -> None:
@@ -130,24 +154,39 @@ def _leaves(value: Any) -> Iterator[Any]:
         yield value
 
 
-def timm_layout(recipe: Mapping[str, Any], rebuilt: list[dict[str, Any]], tensors: int) -> Layout:
+def recipe_layout(recipe: Mapping[str, Any], rebuilt: list[dict[str, Any]], tensors: int) -> Layout:
     """The layout of a checked recipe, changed as ``rebuilt`` says; nothing is allocated.
 
     Args:
         tensors: how many the file has; the work of building grows with it.
 
     Raises:
-        PlanishError: timm cannot build it, or it has far more parts than the file.
+        PlanishError: it cannot be built, has far more parts than the file, or needs large tables beside its tensors.
     """
-    return _timm_layout(json.dumps([recipe, rebuilt], sort_keys=True), WORK + WORK_PER_TENSOR * tensors)
+    return _recipe_layout(json.dumps([recipe, rebuilt], sort_keys=True), WORK + WORK_PER_TENSOR * tensors)
 
 
 @functools.lru_cache(maxsize=16)
-def _timm_layout(text: str, work: int) -> Layout:
+def _recipe_layout(text: str, work: int) -> Layout:
     recipe, rebuilt = json.loads(text)
     # no random numbers are drawn on the meta device
     with torch.device("meta"), torch.no_grad(), limited(work):
-        return layout_of(built(recipe, rebuilt))
+        model = built(recipe, rebuilt)
+        _check_unstored(model)
+        return layout_of(model)
+
+
+def _check_unstored(model: nn.Module) -> None:
+    """Buffers that are computed, not stored, are allocated with the network, so that they must not be large."""
+    stored = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+    unstored = sum(
+        buffer.numel() * buffer.element_size()
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name in module._non_persistent_buffers_set
+    )
+    if unstored > UNSTORED + (stored - unstored):
+        raise PlanishError(f"its architecture has {unstored} bytes of tables beside {stored - unstored} of tensors")
 
 
 def built(recipe: Mapping[str, Any], rebuilt: list[dict[str, Any]], *, trust: bool = False) -> nn.Module:

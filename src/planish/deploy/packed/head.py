@@ -149,8 +149,12 @@ def _preprocessing(values: dict[str, Any]) -> Preprocessing:
         tuples: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in fields.items()}
         return Preprocessing(**tuples)
 
-    types = {"input_size": list, "mean": list, "std": list, "interpolation": str, "crop_pct": nothing_but_numbers,
-             "crop_mode": str}  # fmt: skip
+    types: dict[str, Any] = {
+        "input_size": list, "mean": list, "std": list, "interpolation": str, "crop_pct": nothing_but_numbers,
+        "crop_mode": str,
+    }  # fmt: skip
+    if "channel_order" in values:
+        types["channel_order"] = str
     return make(looks, values, types, where)
 
 
