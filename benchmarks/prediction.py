@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import math
 import statistics
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -59,15 +60,17 @@ def networks(args: argparse.Namespace) -> Iterator[tuple[str, str, int, nn.Modul
             yield name, arm, int(seed), model.eval(), images, make_loader(data.test, 500, shuffle=False, seed=0)
 
 
-def rows(name: str, arm: str, seed: int, model: nn.Module, images: list[Any], test: Any, draws: int) -> Iterator[Any]:
+def rows(
+    name: str, arm: str, seed: int, model: nn.Module, images: list[Any], test: Any, args: argparse.Namespace
+) -> Iterator[Any]:
     """A row for each scheme."""
-    subject = Subject.prepare(model, images, SCHEMES)
+    subject = Subject.prepare(model, images, args.schemes)
     labels = torch.cat([y for _, y in subject.batches])
     reference = subject.logits()
     clean = worth(reference, labels)
     fp, test_labels, _ = predict(subject.model, test)
-    for scheme in SCHEMES:
-        guess = imitate(subject, scheme, draws=draws, seed=seed)
+    for scheme in args.schemes:
+        guess = imitate(subject, scheme, draws=args.draws, seed=seed)
         with subject.tapped(subject.quantizers[scheme]):
             logits, (out, _, _) = subject.logits(), predict(subject.model, test)
         yield {
@@ -76,7 +79,7 @@ def rows(name: str, arm: str, seed: int, model: nn.Module, images: list[Any], te
             "imitated_loss": guess.loss, "imitated_top1": guess.top1,
             "divergence": kl_divergence(reference, logits).mean().item(), "loss": worth(logits, labels)["nll"],
             "fp_top1": worth(fp, test_labels)["top1"], "top1": worth(out, test_labels)["top1"],
-            "test_images": len(test_labels), "draws": draws, "torch": torch.__version__,
+            "test_images": len(test_labels), "draws": args.draws, "torch": torch.__version__,
         }  # fmt: skip
 
 
@@ -88,12 +91,14 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def fit(rows: list[dict[str, Any]]) -> Calibration:
-    """Least squares in logarithms over all rows whose divergences mean something."""
+    """Least squares in logarithms over all rows whose divergences mean something; each network type counts the same."""
     kept = [r for r in rows if min(r["imitated_divergence"], r["divergence"]) > SMALLEST]
-    x, y = ([math.log(r[key]) for r in kept] for key in ("imitated_divergence", "divergence"))
-    slope, shift = statistics.linear_regression(x, y)
-    rest = [b - shift - slope * a for a, b in zip(x, y, strict=True)]
-    return Calibration(shift, slope, statistics.stdev(rest), f"{len(kept)} rows")
+    count = Counter(r["model"] for r in kept)
+    weights = np.array([1 / count[r["model"]] for r in kept])
+    x, y = (np.log([r[key] for r in kept]) for key in ("imitated_divergence", "divergence"))
+    slope, shift = np.polyfit(x, y, 1, w=np.sqrt(weights))
+    spread = np.sqrt(np.average((y - shift - slope * x) ** 2, weights=weights))
+    return Calibration(float(shift), float(slope), float(spread), f"{len(kept)} rows of {dict(count)}")
 
 
 def guess(row: dict[str, Any], calibration: Calibration) -> Prediction:
@@ -144,6 +149,7 @@ def main() -> None:
     parser.add_argument("--networks-folder", type=Path, default=Path("networks"))
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--draws", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
@@ -161,7 +167,7 @@ def main() -> None:
         for name, arm, seed, *rest in networks(args):
             if (name, arm, seed) in done:
                 continue
-            for row in rows(name, arm, seed, *rest, args.draws):
+            for row in rows(name, arm, seed, *rest, args):
                 writer.writerow({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()})
             file.flush()
             print(name, arm, seed, flush=True)

@@ -29,7 +29,7 @@ class Calibration:
 
 
 # benchmarks/prediction.py --fit
-FITTED = Calibration(shift=0.0, slope=1.0, spread=0.5, source="not fitted")
+FITTED = Calibration(shift=-0.225, slope=0.992, spread=0.356, source="16 convolutional networks and 12 transformers")
 
 
 @dataclass(frozen=True)
