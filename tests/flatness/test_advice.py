@@ -69,12 +69,15 @@ def test_the_half_that_loses_most_is_named():
     assert "the activations lose most" in about_parts("w4a2", 0.05, 0.3, 0.01).text
     assert "together" in about_parts("w2a2", 0.1, 0.1, 0.5).text
     assert "about the same" in about_parts("w4a4", 0.1, 0.11, 0.01).text
+    assert "does not raise the loss" in about_parts("w8a8", -0.001, 0.0005, -0.0002).text
 
 
 def test_how_low_rounding_goes():
     text = about_bits(0.9, [("w8a8", 0.9), ("w4a4", 0.893), ("w3a3", 0.8)]).text
     assert text.startswith("Rounding alone keeps w4a4 within 1 point of float; w3a3 loses 10.0 points")
     assert "nothing else is needed" in about_bits(0.9, [("w8a8", 0.9)]).text
+    by_luck = about_bits(0.9, [("w8a8", 0.9), ("w4a4", 0.8), ("w3a3", 0.9)]).text
+    assert by_luck.startswith("Rounding alone keeps w8a8 within 1 point of float; w4a4 loses 10.0 points")
     assert about_bits(0.9, [("w4a4", 0.5)]).text.startswith("No scheme stays within 1 point; w4a4 loses 40.0 points")
 
 

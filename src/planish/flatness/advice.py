@@ -101,6 +101,8 @@ def about_parts(scheme: str, weights: float, activations: float, interaction: fl
     """Which half of the scheme loses more, and what helps there. Arguments: the parts of the loss increase in nats."""
     whole = weights + activations + interaction
     shares = f"{weights:.3g} of {whole:.3g} nats by the weights alone, {activations:.3g} by the activations alone"
+    if not whole > 0:
+        return Advice(f"At {scheme} rounding does not raise the loss on the images looked at ({whole:+.3g} nats).")
     if interaction > max(weights, activations):
         return Advice(
             f"At {scheme} the errors of weights and activations do most damage together ({shares}): raise the bits "
@@ -121,8 +123,9 @@ def about_parts(scheme: str, weights: float, activations: float, interaction: fl
 
 def about_bits(float_top1: float, top1: Sequence[tuple[str, float]], allowed: float = 0.01) -> Advice:
     """How low this network goes by rounding alone. ``top1``: measured, by scheme, from most to fewest bits."""
-    kept = [scheme for scheme, value in top1 if float_top1 - value <= allowed]
-    lost = [(scheme, value) for scheme, value in top1 if float_top1 - value > allowed]
+    losing = [float_top1 - value > allowed for _, value in top1]
+    first = losing.index(True) if True in losing else len(top1)
+    kept, lost = [scheme for scheme, _ in top1[:first]], top1[first:]
     points = f"{100 * allowed:.0f} point{'' if round(100 * allowed) == 1 else 's'}"
     good = f"Rounding alone keeps {kept[-1]} within {points} of float" if kept else f"No scheme stays within {points}"
     if not lost:
