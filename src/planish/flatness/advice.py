@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from planish.flatness.perturbations import standard_error
 from planish.flatness.subject import Batch, Subject
 
 SPARED = "w8a8"  # what a product is lifted to
@@ -57,7 +58,7 @@ def spare(subject: Subject, scheme: str, products: Sequence[str], batches: list[
             with subject.tapped({site.name: high[site.name] for site in sites}):
                 after, loss_after = _right(subject, labels, batches)
             difference = after - before
-            error = difference.std().item() / len(difference) ** 0.5 if len(difference) > 1 else float("nan")
+            error = standard_error(difference)
             grown = sum(
                 torch.Size(s.shape).numel() * (high[s.name].format.bits - low[s.name].format.bits) / 8
                 for s in sites

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from planish.network.batches import map_tensors
+from planish.network.batches import cut
 
 Batch = tuple[Any, Any]  # inputs and labels
 Gradients = Callable[[Any, Tensor], list[Tensor]]
@@ -70,4 +70,4 @@ def graph_bytes(gradients: Gradients, inputs: Any, labels: Tensor, held: Sequenc
 
 
 def _part(inputs: Any, labels: Tensor, start: int, stop: int) -> Batch:
-    return map_tensors(inputs, lambda tensor: tensor[start:stop]), labels[start:stop]
+    return cut(inputs, start, stop), labels[start:stop]

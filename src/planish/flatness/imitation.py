@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from planish.flatness.perturbations import standard_error
 from planish.flatness.subject import Batch, Subject
 from planish.network import Product, Site
 from planish.ptq.sensitivity import kl_divergence
@@ -115,12 +116,23 @@ class Imitation:
 
 
 def imitate(
-    subject: Subject, scheme: str, *, draws: int = 2, seed: int = 0, batches: list[Batch] | None = None
+    subject: Subject,
+    scheme: str,
+    *,
+    draws: int = 2,
+    seed: int = 0,
+    batches: list[Batch] | None = None,
+    reference: Tensor | None = None,
 ) -> Imitation:
-    """Run the network under the imitated rounding of ``scheme`` and say what it is worth on ``batches``."""
+    """Run the network under the imitated rounding of ``scheme`` and say what it is worth on ``batches``.
+
+    Args:
+        draws: of noise.
+        reference: the float network's logits on ``batches``, where the caller has them.
+    """
     batches = batches or subject.batches
     labels = torch.cat([y for _, y in batches]).cpu()
-    reference = subject.logits(batches)
+    reference = subject.logits(batches) if reference is None else reference
     found = []
     for draw in range(draws):
         with subject.tapped(imitators(subject, subject.quantizers[scheme], seed * draws + draw)):
@@ -129,5 +141,4 @@ def imitate(
         loss = F.cross_entropy(logits.double(), labels)
         found.append(torch.stack([kl_divergence(reference, logits).mean(), loss, top1]))
     divergence, loss, top1 = torch.stack(found).mean(0).tolist()
-    spread = torch.stack(found)[:, 1].std().item() / draws**0.5 if draws > 1 else float("nan")
-    return Imitation(scheme, divergence, loss, top1, spread)
+    return Imitation(scheme, divergence, loss, top1, standard_error(torch.stack(found)[:, 1]))

@@ -11,6 +11,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from planish.flatness.imitation import Imitation, imitate
 from planish.flatness.subject import Batch, Subject
 
@@ -52,6 +56,7 @@ def predict(
     draws: int = 2,
     seed: int = 0,
     batches: list[Batch] | None = None,
+    reference: Tensor | None = None,
     calibration: Calibration = FITTED,
 ) -> Prediction:
     """Predict loss and top-1 under calibrated rounding without rounding.
@@ -60,17 +65,19 @@ def predict(
         fp_top1: of the network in float on the images that the prediction is for. The subject's own images give the
             share of it that is kept.
         draws: of noise.
+        reference: the float network's logits on ``batches``, where the caller has them.
 
     Returns:
         The prediction; its loss is that on the subject's images, the interval holds 90 % where the network resembles
         those that the constants come from.
     """
     batches = batches or subject.batches
-    clean_loss = subject.losses(batches).mean().item()
-    labels = sum(len(y) for _, y in batches)
-    right = sum((subject.logits([batch]).argmax(-1) == batch[1].cpu()).sum().item() for batch in batches)
-    imitated = imitate(subject, scheme, draws=draws, seed=seed, batches=batches)
-    return from_imitation(imitated, clean_loss, right / labels, labels, fp_top1, calibration)
+    labels = torch.cat([y for _, y in batches]).cpu()
+    reference = subject.logits(batches) if reference is None else reference
+    clean_loss = F.cross_entropy(reference, labels).item()
+    clean_top1 = (reference.argmax(-1) == labels).double().mean().item()
+    imitated = imitate(subject, scheme, draws=draws, seed=seed, batches=batches, reference=reference)
+    return from_imitation(imitated, clean_loss, clean_top1, len(labels), fp_top1, calibration)
 
 
 def from_imitation(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from planish.flatness.perturbations import chosen
+from planish.flatness.perturbations import chosen, standard_error
 from planish.flatness.subject import Batch, Subject
 from planish.flatness.taylor import Taylor
 from planish.flatness.taylor import taylor as taylor_terms
@@ -169,7 +169,7 @@ def _total(
 ) -> LossSplit:
     n = len(clean)
     mean = {part: float(d.mean()) for part, d in increases.items()}
-    error = {part: float(d.std()) / math.sqrt(n) if n > 1 else math.nan for part, d in increases.items()}
+    error = {part: standard_error(d) for part, d in increases.items()}
     unknown = Taylor(math.nan, math.nan)
     weights, activations, both = (terms.get(part, unknown) for part in ("weights", "activations", "both"))
     return LossSplit(

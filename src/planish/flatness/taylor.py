@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from planish.flatness.correlations import random_signs
 from planish.flatness.subject import Batch, Subject
-from planish.network.batches import call_model, logits_of, map_tensors
+from planish.network.batches import call_model, cut, logits_of
 
 AT_ONCE = 16  # images whose graph of the second derivative is held at once
 Sets = Mapping[Any, Mapping[str, nn.Module]]  # by any key: quantizers by the name of their site
@@ -114,8 +114,4 @@ def gradients(output: Tensor, inputs: Sequence[Tensor], **options: Any) -> Seque
 
 def split(batches: Sequence[Batch], images: int) -> list[Batch]:
     """The same images in batches of at most so many."""
-    found = []
-    for batch in batches:
-        for start in range(0, len(batch[1]), images):
-            found.append(map_tensors(batch, lambda tensor, start=start: tensor[start : start + images]))  # type: ignore[misc]
-    return found
+    return [cut(batch, start, start + images) for batch in batches for start in range(0, len(batch[1]), images)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from planish.flatness.hessian import Hessian
 from planish.flatness.lanczos import Krylov
+from planish.flatness.perturbations import standard_error
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,7 @@ class Estimate:
     @classmethod
     def of(cls, samples: Tensor) -> Estimate:
         """The mean of independent samples, (k,)."""
-        error = samples.std().item() / len(samples) ** 0.5 if len(samples) > 1 else float("nan")
-        return cls(samples.mean().item(), error)
+        return cls(samples.mean().item(), standard_error(samples))
 
 
 def trace_samples(hessian: Hessian, probes: int, *, generator: torch.Generator, krylov: Krylov | None = None) -> Tensor:

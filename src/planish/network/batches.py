@@ -58,7 +58,12 @@ def to_device(inputs: Any, device: Any) -> Any:
 
 def first_image(inputs: Any) -> Any:
     """The inputs with a batch of one."""
-    return map_tensors(inputs, lambda tensor: tensor[:1])
+    return cut(inputs, 0, 1)
+
+
+def cut(inputs: Any, start: int, stop: int) -> Any:
+    """The images from ``start`` to ``stop`` of a batch of inputs (or of inputs and labels)."""
+    return map_tensors(inputs, lambda tensor: tensor[start:stop])
 
 
 def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:

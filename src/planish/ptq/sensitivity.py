@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.network import Product, attach, detach
-from planish.network.batches import call_model, logits_of, map_tensors
+from planish.network.batches import call_model, cut, logits_of, map_tensors
 from planish.ptq.passes import run_logits
 
 Quantizers = Mapping[str, nn.Module]  # by the name of the site
@@ -183,7 +183,7 @@ def fisher_losses(
     with _probing(model, products, quantizers) as probes, torch.enable_grad():
         for batch in batches:
             for start in range(0, batch_size(batch), images):
-                part = map_tensors(batch, lambda tensor, start=start: tensor[start : start + images])  # type: ignore[misc]
+                part = cut(batch, start, start + images)
                 for _ in range(draws):
                     log_p = logits_of(call_model(model, part)).float().log_softmax(-1)
                     drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)

@@ -143,7 +143,9 @@ class _Diagnosis:
             subject = self._subject(model)
             images = min(subject.images, self.effort.layer_images)
             self.flatness.update(labelled=subject.labelled, images=images)
-            logits = self._logits(subject)
+            logits = self._logits(subject, [self.scheme] if rows else self.schemes)
+            few = chosen(subject, self.effort.layer_images)
+            found |= {"fp_top1": self._fp_top1(logits), "loss": subject.losses(few).mean().item()}
             if not rows:
                 self.results["rows"] += self._rows(name, logits)
                 self._write()
@@ -152,8 +154,6 @@ class _Diagnosis:
             work.begin(f"{name}: {title}")
             if stage in missing:
                 assert subject is not None
-                few = chosen(subject, self.effort.layer_images)
-                found |= {"fp_top1": self._fp_top1(logits), "loss": subject.losses(few).mean().item()}
                 found[stage] = run_stage(stage, self._look(subject, logits, work))
                 self._write()
             work.end(measured=stage in missing)
@@ -162,10 +162,10 @@ class _Diagnosis:
             found["spared"] = self._spare(found["split"], subject)
         self._fill_measured(name, found)
 
-    def _logits(self, subject: Subject) -> dict[str, Tensor]:
-        """Logits of the test images by scheme, ``fp32`` among them, and the labels."""
+    def _logits(self, subject: Subject, schemes: list[str]) -> dict[str, Tensor]:
+        """Logits of the test images in float (``fp32``) and by scheme, and the labels."""
         logits: dict[str, Tensor] = {}
-        for scheme in ("fp32", *self.schemes):
+        for scheme in ("fp32", *schemes):
             with subject.tapped({} if scheme == "fp32" else subject.quantizers[scheme]):
                 logits[scheme], logits["labels"], _ = predict(subject.model, self.looked_at.test)
             self.stop.check()
@@ -239,9 +239,17 @@ class _Diagnosis:
         return [asdict(one) for one in advice]
 
     def _write(self) -> None:
+        if "protocol" not in self.results:
+            self.results["protocol"] = self._protocol()
+        if "environment" not in self.results:
+            self.results["environment"] = environment(self.material.device)
+        self.folder.write_results(self.results)
+
+    def _protocol(self) -> dict[str, Any]:
+        """All that the numbers depend on."""
         loaded, data, options = self.material.loaded, self.material.data, self.config.models
         counts = {name: len(getattr(self.looked_at, name).dataset) for name in ("calibration", "images", "corrupted")}
-        card = {
+        return {
             "model": loaded.name, "checkpoint": loaded.weights_hash, "data": data.name,
             "test_images": self.looked_at.test_images, "calibration_images": counts["calibration"],
             "calibration_seed": options.seed, "images_looked_at": counts["images"],
@@ -252,9 +260,6 @@ class _Diagnosis:
             f"scheme_{self.scheme}": Scheme.parse(self.scheme).describe().partition(": ")[2],
             **{f"network_{name}": str(path) if path else "its own weights" for name, path in self.networks.items()},
         }  # fmt: skip
-        self.results.setdefault("protocol", card)
-        self.results.setdefault("environment", environment(self.material.device))
-        self.folder.write_results(self.results)
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:

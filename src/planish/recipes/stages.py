@@ -71,7 +71,11 @@ def _landscape(look: Look) -> Any:
 
 
 def _prediction(look: Look) -> Any:
-    return [asdict(predict(look.subject, scheme, look.fp_top1, draws=2, seed=look.seed)) for scheme in look.schemes]
+    reference = look.subject.logits()
+    return [
+        asdict(predict(look.subject, scheme, look.fp_top1, draws=2, seed=look.seed, reference=reference))
+        for scheme in look.schemes
+    ]
 
 
 def _damage(look: Look) -> Any:
