@@ -86,6 +86,7 @@ class WeightNoise(Ingredient):
         # the same seed on every rank: the weights must stay equal
         self.pool = NoisePool(law, self.schedule.seed, run.accelerator.device)
         self.previous = None
+        run.log({"event": "noise", "on": "weights", "kind": self.kind, "seeds": [self.schedule.seed]})
 
     @torch.no_grad()
     def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
