@@ -169,6 +169,8 @@ class ActivationNoise(Ingredient):
         start, until, share, refresh, seed: see :class:`~planish.flattening.schedule.Schedule`.
     """
 
+    sharded = True
+
     def __init__(
         self, assignment: Assignment | Sequence[Assignment], kind: str = "gaussian", *, gain: float = 1.0,
         clip: bool = True, nonzero_only: bool = True, part: float = 0.5, start: float = 0.0, until: float = 0.9,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network.taps import CHILD
+from planish.training.sharding import is_split
 
 if TYPE_CHECKING:
     from planish.training.loop import TrainingSettings
@@ -133,6 +134,7 @@ def make_optimizer(model: nn.Module, settings: TrainingSettings) -> tuple[torch.
     groups = [group for group in groups if group["params"]]
     if not groups:
         raise PlanishError("no parameter of the model requires a gradient, so there is nothing to train")
+    fused = not any(is_split(p) for _, p in named)  # there is no fused SGD for split parameters
     if name == "sgd":
-        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True), lr
-    return torch.optim.AdamW(groups, lr=lr, fused=True), lr
+        return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=fused), lr
+    return torch.optim.AdamW(groups, lr=lr, fused=fused), lr

@@ -16,7 +16,7 @@ step are those of the optimizer step, and each part is seen once, or once more f
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
@@ -27,7 +27,14 @@ Compute = Callable[[], Tensor]
 
 
 class Ingredient:
-    """Does nothing at every moment; subclasses override what they need."""
+    """Does nothing at every moment; subclasses override what they need.
+
+    Attributes:
+        sharded: whether it can work where FSDP2 splits weights over the processes: it reads no weights, or reads and
+            changes them through :mod:`planish.training.sharding`.
+    """
+
+    sharded: ClassVar[bool] = False
 
     def start(self, run: Run) -> None:
         """Before the first step (and before a checkpoint is loaded): attach taps, allocate state."""

@@ -10,7 +10,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,17 @@ from planish.training.engine import (
     trained_statistics,
 )
 from planish.training.ingredients import Ingredient
+from planish.training.sharding import (
+    Sharding,
+    asked_for,
+    average_whole,
+    clip_gradients,
+    is_split,
+    local,
+    refuse,
+    whole,
+    without_exchange,
+)
 from planish.training.shares import Share, SharedLoader, first_parts
 
 
@@ -155,8 +166,15 @@ def train(
     if settings.accumulation < 1:
         raise PlanishError(f"accumulation is {settings.accumulation}: a batch is computed in 1 or more parts")
     accelerator = accelerator or make_accelerator(settings.mixed_precision)
-    optimizer, peak = make_optimizer(model, settings)
-    wrapped, prepared = accelerator.prepare(model, optimizer)
+    split = None
+    if asked_for(accelerator):
+        refuse(model, ingredients)
+        split = Sharding(model, accelerator)
+        optimizer, peak = make_optimizer(model, settings)
+        wrapped, prepared = model, accelerator.prepare_optimizer(optimizer)
+    else:
+        optimizer, peak = make_optimizer(model, settings)
+        wrapped, prepared = accelerator.prepare(model, optimizer)
     batches = SharedLoader(loader, accelerator.process_index, accelerator.num_processes)
     _unwrap(model)
     steps = settings.epochs * len(batches)
@@ -193,7 +211,7 @@ def train(
                     raise Interrupted
             run.history.append({"epoch": epoch + 1, "loss": loss, "seconds": time.perf_counter() - began})
             run.log({"event": "epoch", **run.history[-1]})
-            if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            if any_process(not all(local(p).isfinite().all() for p in model.parameters()), accelerator):
                 raise FloatingPointError("NaN or infinite in the weights")
             good = _snapshot(model)
             saver(run.step)
@@ -208,7 +226,7 @@ def train(
         raise TrainingFailed(
             f"the loss became {error} at step {run.step + 1} of {run.steps}: training stopped and the last good "
             f"weights were kept{where}; lower the learning rate ({peak:g}) or look for bad values in the images",
-            good,
+            {key: whole(value) for key, value in good.items()},
         ) from None
     except BaseException:
         run.failed = True
@@ -217,6 +235,8 @@ def train(
         for ingredient in ingredients:
             ingredient.finish(run)
         optimizer.zero_grad(set_to_none=True)
+        if split is not None:
+            split.undo()
     equalize_buffers(model, accelerator)
     return run
 
@@ -230,6 +250,7 @@ class Stepper:
         self.synchronized = run.wrapped  # what exchanges gradients at the end of a backward pass
         self.compiled: Any = torch.compile(run.wrapped) if run.settings.compile else None
         self.norms: list[Any] = []
+        self.split = any(is_split(p) for p in self.parameters)
 
     def set_modes(self) -> None:
         """Training mode, but for BatchNorm if the settings freeze it."""
@@ -265,13 +286,27 @@ class Stepper:
         if not math.isfinite(loss):
             raise FloatingPointError(loss)
         if run.settings.clip_norm is not None:
-            run.accelerator.clip_grad_norm_(self.parameters, run.settings.clip_norm)
+            self._clip(run.settings.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         reduce_statistics(self.norms, run.accelerator)
         for ingredient in self.ingredients:
             ingredient.after_step(run)
         return loss
+
+    def _clip(self, most: float) -> None:
+        if not self.split:
+            self.run.accelerator.clip_grad_norm_(self.parameters, most)
+            return
+        if getattr(self.run.accelerator, "scaler", None) is not None:
+            self.run.accelerator.unscale_gradients(self.optimizer)
+        clip_gradients(self.parameters, most)
+
+    def _exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients add up in each process until the last part of a batch."""
+        if last:
+            return nullcontext()
+        return (without_exchange if self.split else self.run.accelerator.no_sync)(self.synchronized)
 
     def _seed(self, part: int) -> None:
         """What the network draws differs between processes and parts, and is drawn again when a part is repeated."""
@@ -286,13 +321,15 @@ class Stepper:
             if len(parts) > 1:
                 self._seed(run.part)
             last = run.part + 1 == len(parts)
-            with nullcontext() if last else run.accelerator.no_sync(self.synchronized):
+            with self._exchanging(last):
                 loss = self._loss(*split_batch(part.batch))
                 # all processes pass backward, whatever their loss is: one that did not would leave the others waiting
                 weight = part.weight * run.accelerator.num_processes  # gradients are averaged over the processes
                 run.accelerator.backward(loss if weight == 1 else loss * weight)
             shown += loss.detach() if part.weight == 1 else loss.detach() * part.weight
         self.fresh = False
+        if self.split:
+            average_whole(self.parameters, run.accelerator)
         if run.accelerator.num_processes > 1:
             shown = run.accelerator.reduce(shown, "sum")
         return shown

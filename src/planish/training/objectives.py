@@ -17,6 +17,8 @@ from planish.training.loop import Run
 class TaskLoss(Ingredient):
     """``weight * cross_entropy(logits, labels)``; labels are class indices."""
 
+    sharded = True
+
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
         self.weight, self.label_smoothing = weight, label_smoothing
 
@@ -30,6 +32,8 @@ class TaskLoss(Ingredient):
 
 class _Taught(Ingredient):
     """Holds a frozen network and its outputs for the images at hand; reads no labels."""
+
+    sharded = True
 
     def __init__(self, teacher: nn.Module, weight: float) -> None:
         self.teacher = teacher.eval().requires_grad_(False)

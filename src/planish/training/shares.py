@@ -42,6 +42,12 @@ class Share:
     own: int
     whole: int
 
+    @classmethod
+    def all_of(cls, batch: Any) -> Share:
+        """The whole batch, for the only process."""
+        count = size_of(batch)
+        return cls(batch, count, count)
+
     @property
     def weight(self) -> float:
         """What the mean over this part weighs in the mean over the whole batch."""
@@ -109,9 +115,12 @@ class SharedLoader:
                 yield Share(batch, *sampler.counts.popleft())
             return
         for batch in islice(self.loader, index, None):
+            if self.processes == 1:
+                yield Share.all_of(batch)
+                continue
             count = size_of(batch)
             start, stop = bounds(count, self.processes, self.rank)
-            mine = batch if self.processes == 1 else cut(batch, start, stop) if stop > start else cut(batch, 0, 1)
+            mine = cut(batch, start, stop) if stop > start else cut(batch, 0, 1)
             yield Share(mine, stop - start, count)
 
 
