@@ -7,8 +7,8 @@ The step of planish's loop against a bare one with the same network, batches, op
 DistributedDataParallel, where there are several processes): nothing but forward, backward and the optimizer. What is
 counted is processor time of all processes together, which other work on the machine disturbs least; waiting is not in it.
 
-Arms take turns in a new order each round, in blocks as long as the time between two measurements of the quantization
-error; the share is taken within a round, the median over the rounds.
+The arms take turns with every step, in a new order each time. A round has as many steps as lie between two measurements
+of the quantization error; the share is taken within a round, the median over the rounds.
 """
 
 from __future__ import annotations
@@ -104,14 +104,18 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     steps = {arm: ours(arm, loaded.model, accelerator, batches[0][0], args.schemes) for arm in ARMS}
     steps["bare"] = bare(loaded.model, accelerator)
     times: dict[str, list[float]] = {arm: [] for arm in steps}
+    order = random.Random(0)
     for round_ in range(args.rounds + 1):
-        for arm in random.Random(round_).sample(sorted(steps), len(steps)):
-            began = time.process_time()
-            for i in range(BLOCK):
+        spent = dict.fromkeys(steps, 0.0)
+        for i in range(BLOCK):
+            for arm in order.sample(sorted(steps), len(steps)):
+                began = time.process_time()
                 steps[arm](batches[i % len(batches)])
-            spent = accelerator.reduce(torch.tensor(time.process_time() - began, dtype=torch.float64), "mean")
+                spent[arm] += time.process_time() - began
+        for arm, seconds in spent.items():
+            mean = accelerator.reduce(torch.tensor(seconds, dtype=torch.float64), "mean")
             if round_:  # the first round warms up
-                times[arm].append(1e3 * float(spent) / BLOCK)
+                times[arm].append(1e3 * float(mean) / BLOCK)
     rows = []
     for arm in ARMS:
         shares = sorted(1 - b / a for a, b in zip(times[arm], times["bare"], strict=True))
@@ -120,7 +124,7 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                 "model": name, "processes": accelerator.num_processes, "images_per_process": args.images, "arm": arm,
                 "bare_ms": round(statistics.median(times["bare"]), 2), "ms": round(statistics.median(times[arm]), 2),
                 "outside": round(statistics.median(shares), 4), "outside_min": round(shares[0], 4),
-                "outside_max": round(shares[-1], 4), "rounds": args.rounds, "steps_per_block": BLOCK,
+                "outside_max": round(shares[-1], 4), "rounds": args.rounds, "steps_per_round": BLOCK,
                 "threads": 1, "torch": torch.__version__,
             }  # fmt: skip
         )

@@ -67,7 +67,7 @@ def finish(running: list[subprocess.Popen[str]], timeout: float = 100) -> list[t
 
 def found_by(running: list[subprocess.Popen[str]]) -> Any:
     """The JSON in the last line of the only process."""
-    return json.loads(finish(running)[0][0].splitlines()[-1])
+    return json.loads(finish(running, timeout=500)[0][0].splitlines()[-1])
 
 
 def fork(main: Callable[[], Any], world: int, **environment: str) -> list[Any]:

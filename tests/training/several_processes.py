@@ -5,10 +5,15 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import load_file
 from torch.utils.data import DataLoader, TensorDataset
 
+from planish.errors import PlanishError
 from planish.evaluation import evaluate, predict
 from planish.flattening import ActivationNoise, FlattenSettings, WeightNoise, flatten
 from planish.ptq import quantize
@@ -16,6 +21,7 @@ from planish.ptq.reconstruction import Reconstruct
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
 from planish.qat import QATSettings, train_quantized
 from planish.training import SAM, Averaging, Ingredient, Interrupted, TrainingFailed, make_accelerator
+from planish.training.sharding import asked_for, is_split
 from tests.processes import fork
 from tests.training import tiny
 
@@ -138,5 +144,74 @@ def main():
     }  # fmt: skip
 
 
+class Split(Ingredient):
+    """Looks whether the weights are split in the steps."""
+
+    sharded = True
+    seen = False
+
+    def after_step(self, run):
+        self.seen = all(is_split(p) for p in run.model.parameters())
+
+
+def split(folder):
+    """What FSDP2 does, or one process without it."""
+    found, rank = {}, int(os.environ.get("RANK", "0"))
+    model, look = tiny.conv(), Split()
+    before = [(id(p), type(m), sorted(vars(m))) for m in model.modules() for p in m.parameters()]
+    terms = lambda: [SAM(0.1), Averaging(0.9)]  # noqa: E731
+    short = replace(ONE, accumulation=2, clip_norm=0.1)
+    tiny.fit(model, [*terms(), look], uneven(), run_settings=short)
+    found["sam"], found["seen"] = numbers(model), look.seen
+    found["as before"] = before == [(id(p), type(m), sorted(vars(m))) for m in model.modules() for p in m.parameters()]
+
+    for optimizer in ("sgd", "adamw"):  # interrupted and continued
+        settings = replace(short, optimizer=optimizer, lr=0.01)
+        place, steps = folder / f"{optimizer}{os.environ.get('WORLD_SIZE', 1)}", []
+        parts, again, whole = tiny.conv(), tiny.conv(seed=5), tiny.conv()
+        noise = lambda: [WeightNoise(tiny.plan(whole), "differential-forward"), *terms()]  # noqa: B023, E731
+        tiny.fit(whole, noise(), uneven(), run_settings=settings)
+        options = {"run_settings": settings, "checkpoint_dir": place}
+        try:
+            tiny.fit(
+                parts, noise(), uneven(), **options, progress=lambda *a: steps.append(a),  # noqa: B023
+                should_stop=lambda: len(steps) == 3,  # noqa: B023
+            )  # fmt: skip
+        except Interrupted:
+            tiny.fit(again, noise(), uneven(), **options, resume=True)
+        found[f"resumed {optimizer}"] = tiny.same(whole, again)
+        found[optimizer] = numbers(whole)
+    found["checkpoint"] = sum(t.numel() for t in load_file(place / "state.safetensors").values())
+
+    bare = FlattenSettings(activation_noise="none", training=ONE)
+    for name, settings in {"residual": bare, "clipped": replace(bare, weight_noise="iid", activation_noise="none")}.items():
+        found[name] = numbers(flatten(tiny.conv(), uneven(), settings=settings))
+    found["flat"] = len(numbers(flatten(tiny.vit(), tiny.loader(n=16, size=16, batch=8), epochs=1)))
+    for method in ("lsq", "pact", "ofq", "gplq", "freeze"):
+        try:
+            options = {"calibration": [tiny.data(seed=1).tensors[0]], "settings": QATSettings(training=ONE)}
+            found[method] = numbers(train_quantized(tiny.conv(), uneven(), "w4a4", method, **options))
+        except PlanishError as error:
+            found[method] = str(error)
+    bad = tiny.data()
+    bad.tensors[0][13] = float("nan")
+    try:
+        tiny.fit(model, [], DataLoader(bad, 6), run_settings=FROZEN)
+    except TrainingFailed as error:
+        found["good"] = all(torch.equal(v, error.state_dict[k]) for k, v in model.state_dict().items())
+    if rank == 0:
+        os.environ["FSDP_VERSION"] = "1"
+        try:
+            asked_for(make_accelerator())
+        except PlanishError as error:
+            found["first"] = str(error)
+    return found
+
+
 if __name__ == "__main__":
-    print(json.dumps({world: fork(main, world) for world in WORLDS}))
+    found = {world: fork(main, world) for world in WORLDS}
+    with TemporaryDirectory() as folder:
+        splitting = partial(split, Path(folder))
+        found["whole"] = fork(splitting, 1)
+        found["split"] = fork(splitting, 2, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    print(json.dumps(found))

@@ -9,8 +9,23 @@ MANY = ("2", "4")
 
 
 @pytest.fixture(scope="module")
-def found():
+def everything():
     return found_by(start_forking("tests.training.several_processes"))
+
+
+@pytest.fixture(scope="module")
+def found(everything):
+    return {world: everything[world] for world in ("1", "2", "4")}
+
+
+@pytest.fixture(scope="module")
+def alone(everything):
+    return everything["whole"][0]
+
+
+@pytest.fixture(scope="module")
+def split(everything):
+    return everything["split"]
 
 
 def test_there_are_one_two_and_four(found):
@@ -86,3 +101,41 @@ def test_all_stop_when_one_has_to(found):
     every = [one for ranks in found.values() for one in ranks]
     assert {one["failed"] for one in every} == {"the loss became nan at step 1 of 12: tra"}
     assert {one["stopped"] for one in every} == {2}
+
+
+def test_weights_are_split_while_they_are_trained_and_whole_afterwards(split, alone):
+    assert [one["seen"] for one in split] == [True, True]
+    assert not alone["seen"]
+    assert all(one["as before"] for one in (*split, alone))
+
+
+@pytest.mark.parametrize("what", ["sam", "sgd", "adamw", "residual", "clipped", "lsq", "pact"])
+def test_a_split_network_is_trained_like_a_whole_one(split, alone, what):
+    for one in split:
+        assert one[what] == split[0][what]
+        assert one[what] == pytest.approx(alone[what], abs=1e-5)
+
+
+def test_a_split_network_is_flattened_under_all_noise(split, alone):
+    assert split[0]["flat"] == split[1]["flat"] == alone["flat"]
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_split_training_goes_on_from_its_checkpoint_which_is_whole(split, alone, optimizer):
+    assert all(one[f"resumed {optimizer}"] for one in (*split, alone))
+    assert {one["checkpoint"] for one in (*split, alone)} == {alone["checkpoint"]}
+
+
+@pytest.mark.parametrize(("method", "what"), [("ofq", "Annealing"), ("gplq", "FeatureMimicry"), ("freeze", "Freezing")])
+def test_what_needs_whole_weights_is_refused(split, alone, method, what):
+    assert isinstance(alone[method], list)
+    assert all(what in one[method] and "leave --use_fsdp out" in one[method] for one in split)
+
+
+def test_the_last_good_weights_of_a_split_training_are_whole(split, alone):
+    assert all(one["good"] for one in (*split, alone))
+
+
+def test_version_1_is_refused(split, alone):
+    assert "give --fsdp_version 2" in split[0]["first"]
+    assert "first" not in alone

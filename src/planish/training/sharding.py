@@ -72,8 +72,12 @@ class Sharding:
                 full[id(parameter)] = parameter.data = whole(split.detach())
                 parameter.grad = None
             module._parameters[name] = parameter
+        from torch.distributed import _composable_state
+
+        known = getattr(_composable_state, "_module_state_mapping", {})
         for module, kind, before in self.modules:
             module.__class__ = kind
+            known.pop(module, None)  # or it could not be split a second time
             for key in [key for key in module.__dict__ if key not in before]:
                 del module.__dict__[key]
             for key, hooks in before.items():
