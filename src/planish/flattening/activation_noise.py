@@ -103,10 +103,16 @@ class NoiseTap(nn.Module):
         return not (self.on and self.training) or (self.owner.kind == "residual" and not self.chosen)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.measuring:
-            self.measure(x)
-        if not (self.on and self.training) or self.recorder.grid is None:
+        if not self.measuring and not (self.on and self.training):
             return x
+        # What a tap computes is no product of the network: the modes that look for them would be asked at every
+        # operation, which takes longer than most of these operations.
+        with torch._C.DisableTorchFunction():
+            if self.measuring:
+                self.measure(x)
+            return self._perturbed(x) if self.on and self.training and self.recorder.grid is not None else x
+
+    def _perturbed(self, x: Tensor) -> Tensor:
         owner = self.owner
         if owner.kind == "residual":
             return self._round(x) if self.chosen else x
@@ -236,11 +242,13 @@ class ActivationNoise(Ingredient):
         measuring = active and self.schedule.due(run, self.measured[scheme])
         if measuring:
             self.measured[scheme] = run.step
-        for tap in self.taps.values():
-            level = tap.levels[scheme]
-            tap.on = active and level is not None
-            tap.level = tap.level if level is None else level
-            tap.level.due |= measuring and level is not None
+        states = [tap.__dict__ for tap in self.taps.values()]  # nn.Module takes its time with every attribute
+        for state in states:
+            level = state["levels"][scheme]
+            state["on"] = active and level is not None
+            if level is not None:
+                state["level"] = level
+                level.due |= measuring
         if active:
             self.pool.renew(run.step)
             if self.kind == "residual":
@@ -249,11 +257,12 @@ class ActivationNoise(Ingredient):
                 for taps in self.by_layer.values():
                     draw = draws.random()
                     for tap in taps:
-                        tap.chosen = draw < self.part * (INNER if tap.inner else 1.0)
-        for tap in self.taps.values():
+                        tap.__dict__["chosen"] = draw < self.part * (INNER if tap.inner else 1.0)
+        for state in states:
+            level = state["level"]
             # where they are to be rounded, probabilities are measured in the steps that spell the attention out for it
-            wait = tap.inner and self.kind == "residual" and tap.recorder.grid is not None
-            tap.measuring = tap.on and tap.level.due and (tap.chosen or not wait)
+            wait = state["inner"] and self.kind == "residual" and level.recorder.grid is not None
+            state["measuring"] = state["on"] and level.due and (state["chosen"] or not wait)
 
     def eager(self, run: Run) -> bool:
         return any(tap.on or tap.measuring for tap in self.taps.values())

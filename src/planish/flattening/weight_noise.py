@@ -125,9 +125,9 @@ class WeightNoise(Ingredient):
     def _residual(self, parameter: Tensor, recorder: ErrorRecorder, threshold: float) -> Tensor:
         assert recorder.grid is not None
         weight = whole(parameter.detach())
-        error = fake_quantize(weight, recorder.grid) - weight
-        chosen = self.pool.like(weight) < threshold
-        return part_like(error * chosen * self.gain, parameter)
+        error = fake_quantize(weight, recorder.grid).sub_(weight)
+        error.mul_(self.pool.like(weight) < threshold)
+        return part_like(error if self.gain == 1 else error.mul_(self.gain), parameter)
 
     def around(self, run: Run, compute: Compute) -> Tensor:
         if not self.active(run) or self.kind == "iid":

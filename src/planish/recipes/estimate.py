@@ -63,11 +63,12 @@ class Estimate:
 
     def __str__(self) -> str:
         where = self.device if self.processes == 1 else f"{self.processes} processes with {self.device}"
+        plural = "epoch" if self.epochs == 1 else "epochs"
         unit = f"{1e3 * self.step:.0f} ms" if self.step < 1 else f"{self.step:.1f} s"
         memory = "" if self.megabytes is None else f", {self.megabytes / 1e3:.2g} GB of memory"
         each = " each" if self.processes > 1 and memory else ""
         return (
-            f"estimate: {self.epochs} epochs of {self.steps} steps at {unit}, about {duration(self.seconds)} in all "
+            f"estimate: {self.epochs} {plural} of {self.steps} steps at {unit}, about {duration(self.seconds)} in all "
             f"on {where}{memory}{each}"
         )
 

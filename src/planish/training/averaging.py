@@ -40,16 +40,12 @@ class Averaging(Ingredient):
         self.over = False
         self.average: list[Tensor] = []
 
-    def _weights(self, run: Run) -> list[Tensor]:
-        return [p.detach() for p in run.model.parameters() if p.requires_grad]
-
-    def _here(self, run: Run) -> tuple[list[Tensor], list[Tensor]]:
-        """The average and the weights, as far as this process has them."""
-        return [local(a) for a in self.average], [local(w) for w in self._weights(run)]
-
     def start(self, run: Run) -> None:
         self.count, self.over = 0, False
-        self.average = [w.clone() for w in self._weights(run)]
+        weights = [p.detach() for p in run.model.parameters() if p.requires_grad]
+        self.average = [w.clone() for w in weights]
+        # as far as this process has them; once and not in every step, because looking for them takes its time
+        self.here = [local(a) for a in self.average], [local(w) for w in weights]
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
@@ -57,7 +53,7 @@ class Averaging(Ingredient):
             return
         self.count += 1
         rate = 1 / self.count if self.decay is None else 1 - min(self.decay, (1 + self.count) / (10 + self.count))
-        average, weights = self._here(run)
+        average, weights = self.here
         torch._foreach_lerp_(average, weights, rate)
         if self.until < 1 and (run.step + 1) / run.steps >= self.until:
             self.over = True
@@ -66,7 +62,7 @@ class Averaging(Ingredient):
     @torch.no_grad()
     def finish(self, run: Run) -> None:
         if not run.failed and self.count and not self.over:
-            average, weights = self._here(run)
+            average, weights = self.here
             torch._foreach_copy_(weights, average)
 
     def state_dict(self) -> dict[str, Any]:

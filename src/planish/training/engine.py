@@ -47,13 +47,26 @@ def step_seed(seed: int, step: int, rank: int = 0) -> int:
     return ((seed * 1_000_003 + step) * 65_537 + rank + 1) & (2**63 - 1)
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """``torch.manual_seed`` for work on one device.
+
+    On a CPU it is a hundred times faster: where PyTorch could use an accelerator but has not yet, every call of
+    ``torch.manual_seed`` is written down with a stack trace, to be repeated there.
+    """
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def begin_epoch(loader: Any, epoch: int, seed: int) -> None:
     """Make the next iteration of a loader that of one epoch, whatever was read from it or drawn before."""
     # A stock shuffling sampler draws from the global generator or from its own: both begin anew with the epoch.
     torch.manual_seed(step_seed(seed, -1 - epoch))
-    sampler = loader
-    while inner := getattr(sampler, "batch_sampler", None) or getattr(sampler, "sampler", None):
-        sampler = inner
+    sampler = inner = loader
+    while inner is not None:
+        sampler, inner = inner, getattr(inner, "batch_sampler", None)
+        inner = getattr(sampler, "sampler", None) if inner is None else inner
     if isinstance(generator := getattr(sampler, "generator", None), torch.Generator):
         generator.manual_seed(step_seed(seed, -1 - epoch))
     for target in (loader, sampler, getattr(loader, "sampler", None), getattr(loader, "dataset", None)):

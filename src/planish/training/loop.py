@@ -29,6 +29,7 @@ from planish.training.engine import (
     make_accelerator,
     make_optimizer,
     reduce_statistics,
+    seed_generators,
     step_seed,
     trained_statistics,
 )
@@ -312,7 +313,7 @@ class Stepper:
         """What the network draws differs between processes and parts, and is drawn again when a part is repeated."""
         accelerator = self.run.accelerator
         stream = accelerator.process_index + accelerator.num_processes * part
-        torch.manual_seed(step_seed(self.run.settings.seed, self.run.step, stream))
+        seed_generators(step_seed(self.run.settings.seed, self.run.step, stream), accelerator.device)
 
     def _compute(self, parts: list[Share]) -> Tensor:
         """Forward and backward of every part; the mean loss over the whole batch, of all processes."""
