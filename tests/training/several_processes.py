@@ -134,6 +134,12 @@ def failures():
         )  # fmt: skip
     except Interrupted:
         found["stopped"] = steps[-1]
+    unused = tiny.mlp()
+    unused.register_parameter("idle", torch.nn.Parameter(torch.zeros(2)))
+    try:
+        tiny.fit(unused)
+    except PlanishError as error:
+        found["unused"] = str(error)
     return found
 
 

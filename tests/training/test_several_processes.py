@@ -101,6 +101,8 @@ def test_all_stop_when_one_has_to(found):
     every = [one for ranks in found.values() for one in ranks]
     assert {one["failed"] for one in every} == {"the loss became nan at step 1 of 12: tra"}
     assert {one["stopped"] for one in every} == {2}
+    assert ["unused" in one for one in every] == [False] + 6 * [True]  # alone, nobody waits for its gradient
+    assert "gets no gradient" in found["2"][0]["unused"]
 
 
 def test_weights_are_split_while_they_are_trained_and_whole_afterwards(split, alone):

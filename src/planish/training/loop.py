@@ -229,6 +229,14 @@ def train(
             f"weights were kept{where}; lower the learning rate ({peak:g}) or look for bad values in the images",
             {key: whole(value) for key, value in good.items()},
         ) from None
+    except RuntimeError as error:
+        run.failed = True
+        if "Expected to have finished reduction" not in str(error):
+            raise
+        raise PlanishError(
+            "a parameter of the network gets no gradient, and the processes wait for it: give parameters that no image "
+            "reaches requires_grad_(False), or train in one process"
+        ) from error
     except BaseException:
         run.failed = True
         raise
