@@ -34,6 +34,7 @@ from planish.recipes.config import NoiseOptions, RunConfig, TrainOptions
 from planish.training import make_accelerator
 from planish.training.engine import make_optimizer
 from planish.training.loop import Run, Stepper
+from planish.training.shares import Share
 
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 ARMS = ("tuned", "averaged", "sam", "flat")
@@ -81,7 +82,7 @@ def main() -> None:
                 step, block = arms[arm]
                 began = time.perf_counter()
                 for i in range(block):
-                    step(batches[i % len(batches)])
+                    step(Share.all_of(batches[i % len(batches)]))
                     step.run.step += 1
                 if round_:  # the first round warms up
                     times[arm].append((time.perf_counter() - began) / block)

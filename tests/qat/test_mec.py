@@ -43,7 +43,7 @@ def value(context, x, gamma=1.0, progress=0.0, **options):
     term = MaximumEntropyCoding(context, gamma, **options)
     run = stub(progress)
     term.start(run)
-    term.before_step(run, x, None)
+    term.before_part(run, x, None)
     loss = term.loss(run, x, None, context.model(x))
     term.finish(run)
     return loss

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from planish.cli.main import main
 from tests.cli.conftest import MODEL, make_images
@@ -72,6 +74,17 @@ def test_an_interrupted_run_resumes_to_the_identical_result(printed, folder):
     for arm in ARMS:
         name = f"{arm}.safetensors"
         assert (folder / "broken" / name).read_bytes() == (folder / "whole" / name).read_bytes()
+
+
+def test_one_process_comes_to_the_same_result(printed, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    options = ["--model", "tiny.py:build", "--data", "data", "--batch-size", "4", "--threads", "1", "--epochs", "2"]
+    assert main(["run", *options, "--arms", "given,averaged", "--schemes", "w4a4", "--out", "alone"]) == 0
+    ours, theirs = (load_file(folder / name / "averaged.safetensors") for name in ("alone", "whole"))
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], atol=1e-5, rtol=1e-4)
+    for mine, both in zip(rows(folder / "alone"), rows(folder / "whole"), strict=False):
+        assert mine == pytest.approx(both, abs=1e-4)
 
 
 def test_another_number_of_processes_does_not_continue_it(printed, folder, monkeypatch, capsys):

@@ -9,12 +9,13 @@ import torch
 from planish.cli.files import check_target
 from planish.cli.options import Flatten
 from planish.models import save_weights
-from planish.recipes.arms import arm_settings
+from planish.recipes.arms import ARMS, arm_settings
 from planish.recipes.check import check_models, check_training
 from planish.recipes.config import RunConfig, flat_dict
+from planish.recipes.estimate import plain_step, tell, worth_it
 from planish.recipes.kept import Kept
 from planish.recipes.material import prepare
-from planish.recipes.processes import is_main, make_console
+from planish.recipes.processes import count_processes, is_main, make_console, on_main
 from planish.recipes.session import free_cores, say, stoppable
 from planish.recipes.trained import train_arm
 from planish.recipes.work import Work
@@ -40,7 +41,11 @@ def execute(command: Flatten) -> None:
         material = prepare(config, console, calibrate=False)
         now = {**flat_dict(command), **material.fingerprint()}
         kept.begin({key: value for key, value in now.items() if key not in ("out", "overwrite")})
-        going_on = kept.state.exists()
+        going_on = on_main(kept.state.exists)
+        if not going_on and worth_it(material, command.train.epochs):
+            steps = ARMS["flat"].cost * command.train.epochs * len(material.train)
+            step = plain_step(material, settings.training)
+            tell(console, material, command.train.epochs, step, steps, count_processes())
         with kept.interruptible(), Work([("train", 1.0)], console) as work:
             work.begin(f"{'going on with' if going_on else 'flattening'} {material.loaded.name} for {command.scheme}")
             flat = train_arm(

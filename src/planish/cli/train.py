@@ -54,6 +54,8 @@ def execute(command: Train) -> None:
             material, command.scheme, method, command.train, command.train.epochs - flat_epochs, flat_epochs,
             command.models.seed, command.quantize.allow, start, unlabelled, kept, stop,
         )  # fmt: skip
+        if not going_on:
+            training.estimate(console)
         began = time.perf_counter()
         with kept.interruptible(), Work(_stages(training), console) as work:
             if flat_epochs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +15,12 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.flattening.pool import NoisePool, grouped
-from planish.flattening.recorders import ErrorRecorder, sample_activation
+from planish.flattening.recorders import ErrorRecorder, sample_activation, sample_together
 from planish.flattening.schedule import Schedule
 from planish.functional import fake_quantize
 from planish.network import Assignment, Site, attach, detach
 from planish.scheme import Format
+from planish.training.engine import any_process
 from planish.training.ingredients import Ingredient
 from planish.training.loop import Run
 
@@ -101,10 +103,16 @@ class NoiseTap(nn.Module):
         return not (self.on and self.training) or (self.owner.kind == "residual" and not self.chosen)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.measuring:
-            self.measure(x)
-        if not (self.on and self.training) or self.recorder.grid is None:
+        if not self.measuring and not (self.on and self.training):
             return x
+        # What a tap computes is no product of the network: the modes that look for them would be asked at every
+        # operation, which takes longer than most of these operations.
+        with torch._C.DisableTorchFunction():
+            if self.measuring:
+                self.measure(x)
+            return self._perturbed(x) if self.on and self.training and self.recorder.grid is not None else x
+
+    def _perturbed(self, x: Tensor) -> Tensor:
         owner = self.owner
         if owner.kind == "residual":
             return self._round(x) if self.chosen else x
@@ -138,12 +146,13 @@ class NoiseTap(nn.Module):
         """Refresh the recorder and the plain numbers that the hot path reads; once a step, however often it runs."""
         self.measuring = self.level.due = False
         owner = self.owner
-        seen = x if self.whole else sample_activation(x)
-        if not torch.isfinite(seen).all():
+        seen, averaged = owner.sample(x, self)
+        if not any_process(not torch.isfinite(seen).all(), owner.accelerator):
+            self.recorder.measure(seen)
+            if averaged:
+                self.recorder.reduce(owner.accelerator)
+        elif self.recorder.grid is None:
             return  # the loss will say so
-        self.recorder.measure(seen)
-        if owner.accelerator is not None and owner.accelerator.num_processes > 1:
-            self.recorder.reduce(owner.accelerator)
         size = self.recorder.step / 12**0.5 if owner.kind == "uniform" else self.recorder.deviation
         self.level.refresh(owner.gain * size.mean().item())
 
@@ -166,6 +175,8 @@ class ActivationNoise(Ingredient):
         start, until, share, refresh, seed: see :class:`~planish.flattening.schedule.Schedule`.
     """
 
+    sharded = True
+
     def __init__(
         self, assignment: Assignment | Sequence[Assignment], kind: str = "gaussian", *, gain: float = 1.0,
         clip: bool = True, nonzero_only: bool = True, part: float = 0.5, start: float = 0.0, until: float = 0.9,
@@ -180,9 +191,11 @@ class ActivationNoise(Ingredient):
         self.part = part
         self.schedule = Schedule(start, until, share, refresh, seed)
         self.measured = [-1] * len(self.assignments)  # steps of the last measurement, by scheme
+        self.seeds: list[int] = []  # of the noise of every process
         self.taps: dict[str, NoiseTap] = {}
         self.by_layer: defaultdict[str, list[NoiseTap]] = defaultdict(list)
-        self.accelerator: Accelerator | None = None
+        self.accelerator: Accelerator
+        self.counts: Sequence[int] = ()  # images of every process in the first part of the batch
 
     def active(self, run: Run) -> bool:
         """Whether this step is perturbed."""
@@ -201,9 +214,10 @@ class ActivationNoise(Ingredient):
         self.accelerator = run.accelerator
         self.measured = [-1] * len(self.assignments)
         law = "uniform" if self.kind == "uniform" else "gaussian"
-        self.pool = NoisePool(
-            law, self.schedule.seed + 7919 * (1 + run.accelerator.process_index), run.accelerator.device
-        )
+        # noise on images is another one in every process, as the images are
+        self.seeds = [self.schedule.seed + 7919 * (1 + rank) for rank in range(run.accelerator.num_processes)]
+        self.pool = NoisePool(law, self.seeds[run.accelerator.process_index], run.accelerator.device)
+        run.log({"event": "noise", "on": "activations", "kind": self.kind, "seeds": self.seeds})
         taps = attach(run.model, self.assignments[0].products, make)
         self.taps = {name: tap for name, tap in taps.items() if isinstance(tap, NoiseTap)}
         self.by_layer = defaultdict(list)  # the operands of a layer are rounded together
@@ -223,31 +237,51 @@ class ActivationNoise(Ingredient):
         )
 
     def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
-        active = self.active(run)
+        active, self.counts = self.active(run), run.counts
         scheme = self.schedule.pick(run, len(self.assignments))
         measuring = active and self.schedule.due(run, self.measured[scheme])
         if measuring:
             self.measured[scheme] = run.step
-        for tap in self.taps.values():
-            level = tap.levels[scheme]
-            tap.on = active and level is not None
-            tap.level = tap.level if level is None else level
-            tap.level.due |= measuring and level is not None
+        states = [tap.__dict__ for tap in self.taps.values()]  # nn.Module takes its time with every attribute
+        for state in states:
+            level = state["levels"][scheme]
+            state["on"] = active and level is not None
+            if level is not None:
+                state["level"] = level
+                level.due |= measuring
         if active:
             self.pool.renew(run.step)
             if self.kind == "residual":
+                # the same layers in every process: what is then rounded is the whole batch, and recorders are reduced
+                draws = random.Random(f"{self.seeds[0]}/{run.step}")
                 for taps in self.by_layer.values():
-                    draw = self.pool.uniform()
+                    draw = draws.random()
                     for tap in taps:
-                        tap.chosen = draw < self.part * (INNER if tap.inner else 1.0)
-        for tap in self.taps.values():
+                        tap.__dict__["chosen"] = draw < self.part * (INNER if tap.inner else 1.0)
+        for state in states:
+            level = state["level"]
             # where they are to be rounded, probabilities are measured in the steps that spell the attention out for it
-            wait = tap.inner and self.kind == "residual" and tap.recorder.grid is not None
-            tap.measuring = tap.on and tap.level.due and (tap.chosen or not wait)
+            wait = state["inner"] and self.kind == "residual" and level.recorder.grid is not None
+            state["measuring"] = state["on"] and level.due and (state["chosen"] or not wait)
+
+    def eager(self, run: Run) -> bool:
+        return any(tap.on or tap.measuring for tap in self.taps.values())
 
     def finish(self, run: Run) -> None:
         detach(run.model)
         self.taps, self.by_layer = {}, defaultdict(list)
+
+    def sample(self, x: Tensor, tap: NoiseTap) -> tuple[Tensor, bool]:
+        """What a recorder looks at of ``x``, and whether what it finds is then to be averaged over the processes.
+
+        The sample is that of the whole batch. With a scale for each token it is this process's own; a weight that is
+        made from parameters is looked at whole and is the same everywhere.
+        """
+        if tap.whole or self.accelerator.num_processes == 1:
+            return (x if tap.whole else sample_activation(x)), False
+        if tap.recorder.format.granularity == "token":
+            return sample_activation(x), True
+        return sample_together(x, self.counts, self.accelerator), False
 
     def state_dict(self) -> dict[str, Any]:
         levels = {

@@ -73,10 +73,6 @@ class NoisePool:
         self.values = torch.cat([self.values, self._draw(size - len(self.values))])
         self._sizes.append((self._renewals, size))
 
-    def uniform(self) -> float:
-        """One number in [0, 1), a function of (seed, step, how many were asked for in the step)."""
-        return self._offsets.random()
-
     def like(self, x: Tensor) -> Tensor:
         """Noise that broadcasts against ``x``: of its shape and memory order, or, above ``LIMIT`` values, of a part of
         the batch (``x`` must then be viewed as ``(groups, part, ...)``; see :func:`grouped`).

@@ -8,6 +8,7 @@ instead of a search; a tensor that runs away from its range is fitted anew.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from planish.functional import Grid, fake_quantize, limits
 from planish.quantizers import fit_grid
 from planish.quantizers.ranges import SMALLEST
 from planish.scheme import Format
+from planish.training.engine import gather_rows
 
 CANDIDATES = (0.93, 1.0, 1.075)
 JUMP = 2.0  # an error variance that exceeds its average by this factor makes the range be fitted anew
@@ -136,8 +138,28 @@ class ErrorRecorder:
         )
 
 
+def spread(count: int, values: int, most: int = SAMPLE) -> range:
+    """Which of ``count`` rows of so many values are looked at: spread evenly, about ``most`` values in all."""
+    rows = max(1, min(count, most // max(1, values)))
+    stride = max(1, count // rows)
+    return range(0, rows * stride, stride)
+
+
 def sample_activation(x: Tensor, most: int = SAMPLE) -> Tensor:
     """Whole images spread over the batch, about ``most`` values in all."""
-    x = x.detach()
-    images = max(1, min(x.shape[0], most // max(1, x[0].numel())))
-    return x[:: max(1, x.shape[0] // images)][:images]
+    places = spread(x.shape[0], x[0].numel(), most)
+    return x.detach()[: places.stop : places.step]
+
+
+def sample_together(x: Tensor, counts: Sequence[int], accelerator: Accelerator, most: int = SAMPLE) -> Tensor:
+    """The values that :func:`sample_activation` takes of the whole batch, in every process.
+
+    Args:
+        x: the activations of this process's images.
+        counts: how many images each process has.
+    """
+    rank = accelerator.process_index
+    rows = x.shape[0] // max(1, counts[rank])  # of an image: windows of an attention are rows of their own
+    begin, own = rows * sum(counts[:rank]), rows * counts[rank]
+    places = [i - begin for i in spread(rows * sum(counts), x[0].numel(), most) if 0 <= i - begin < own]
+    return gather_rows(x.detach()[places].float().flatten(), accelerator)

@@ -19,6 +19,7 @@ from planish.functional import fake_quantize
 from planish.network import Assignment
 from planish.training.ingredients import Compute, Ingredient
 from planish.training.loop import Run
+from planish.training.sharding import local, part_like, whole
 
 KINDS = {
     "none": "no weight noise",
@@ -46,6 +47,8 @@ class WeightNoise(Ingredient):
         clip: evaluate at weights clipped to the quantizer's range.
         start, until, share, refresh, seed: see :class:`~planish.flattening.schedule.Schedule`.
     """
+
+    sharded = True
 
     def __init__(
         self, assignment: Assignment | Sequence[Assignment], kind: str = "differential", *, gain: float = 1.0,
@@ -86,6 +89,7 @@ class WeightNoise(Ingredient):
         # the same seed on every rank: the weights must stay equal
         self.pool = NoisePool(law, self.schedule.seed, run.accelerator.device)
         self.previous = None
+        run.log({"event": "noise", "on": "weights", "kind": self.kind, "seeds": [self.schedule.seed]})
 
     @torch.no_grad()
     def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
@@ -95,7 +99,7 @@ class WeightNoise(Ingredient):
         if self.schedule.due(run, self.level.measured):
             self.level.measured = run.step
             for parameter, recorder in zip(self.parameters, self.recorders, strict=True):
-                recorder.measure(parameter)
+                recorder.measure(whole(parameter.detach()))
         self.pool.renew(run.step)
 
     def draw(self) -> list[Tensor]:
@@ -106,32 +110,35 @@ class WeightNoise(Ingredient):
 
     @torch.no_grad()
     def perturbation(self) -> list[Tensor]:
-        """What is added to each (clipped) weight for this step's forward and backward pass."""
+        """What is added to each (clipped) weight for this step's forward and backward pass; of split weights the part
+        that this process has."""
         if self.kind == "residual":
             # the pool's normal numbers choose which weights are rounded: z < Phi^-1(part)
             threshold = NormalDist().inv_cdf(self.part) if self.part < 1 else math.inf
             return [self._residual(p, r, threshold) for p, r in zip(self.parameters, self.recorders, strict=True)]
         noise = self.draw()
-        if self.kind != "differential-forward":
-            return noise
-        previous, self.previous = self.previous, noise
-        return noise if previous is None else list(torch._foreach_sub(noise, previous))
+        previous, self.previous = self.previous, noise if self.kind == "differential-forward" else None
+        if previous is not None:
+            noise = list(torch._foreach_sub(noise, previous))
+        return [part_like(d, p) for d, p in zip(noise, self.parameters, strict=True)]
 
     def _residual(self, parameter: Tensor, recorder: ErrorRecorder, threshold: float) -> Tensor:
         assert recorder.grid is not None
-        error = fake_quantize(parameter.detach(), recorder.grid) - parameter
-        chosen = self.pool.like(parameter) < threshold
-        return error * chosen * self.gain
+        weight = whole(parameter.detach())
+        error = fake_quantize(weight, recorder.grid).sub_(weight)
+        error.mul_(self.pool.like(weight) < threshold)
+        return part_like(error if self.gain == 1 else error.mul_(self.gain), parameter)
 
     def around(self, run: Run, compute: Compute) -> Tensor:
         if not self.active(run) or self.kind == "iid":
             return compute()
         with torch.no_grad():
-            weights = [p.detach() for p in self.parameters]
+            weights = [local(p.detach()) for p in self.parameters]
             clean = [weight.clone() for weight in weights]
             if self.clip:
-                for weight, recorder in zip(weights, self.recorders, strict=True):
-                    weight.clamp_(*recorder.limits())
+                for weight, parameter, recorder in zip(weights, self.parameters, self.recorders, strict=True):
+                    low, high = (part_like(end.expand_as(parameter), parameter) for end in recorder.limits())
+                    weight.clamp_(low, high)
             if self.kind != "none":
                 torch._foreach_add_(weights, self.perturbation())
         try:
@@ -143,7 +150,8 @@ class WeightNoise(Ingredient):
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
         if self.kind == "iid" and self.active(run):
-            torch._foreach_add_([p.detach() for p in self.parameters], self.draw())
+            noise = [part_like(d, p) for d, p in zip(self.draw(), self.parameters, strict=True)]
+            torch._foreach_add_([local(p.detach()) for p in self.parameters], noise)
 
     def state_dict(self) -> dict[str, Any]:
         levels = [[level.measured, [r.state_dict() for r in level.recorders]] for level in self.levels]

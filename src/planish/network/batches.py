@@ -66,6 +66,15 @@ def cut(inputs: Any, start: int, stop: int) -> Any:
     return map_tensors(inputs, lambda tensor: tensor[start:stop])
 
 
+def size_of(inputs: Any) -> int:
+    """How many images a batch of inputs (or of inputs and labels) has."""
+    sizes: list[int] = []
+    map_tensors(inputs, lambda tensor: sizes.append(len(tensor)) or tensor)  # type: ignore[func-returns-value]
+    if not sizes:
+        raise PlanishError(f"a batch of the loader is a {type(inputs).__name__} without a tensor: it needs images")
+    return sizes[0]
+
+
 def map_tensors(inputs: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(inputs, Tensor):
         return function(inputs)

@@ -16,15 +16,15 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from planish.data.views import distort, random_view
 from planish.errors import PlanishError
-from planish.network.batches import call_model, logits_of, map_tensors, split_batch, to_device
+from planish.network.batches import call_model, cut, logits_of, map_tensors, size_of, split_batch, to_device
 from planish.qat.method import Context, Method
 from planish.training import Ingredient
 from planish.training.engine import begin_epoch
 from planish.training.loop import Run
+from planish.training.shares import Share, SharedLoader, bounds
 
 EVALUATED = ("student", "teacher")
 
@@ -60,7 +60,7 @@ class Endless:
     """Batches without end, at a position that the step alone decides, so that an interrupted run goes on as it was.
 
     Args:
-        loader: batches of images, or of (images, labels); the labels are dropped unread.
+        loader: batches of images, or of (images, labels), or shares of them; the labels are dropped unread.
         device: where the training runs, whose random state stays as it is.
     """
 
@@ -82,7 +82,7 @@ class Endless:
                 self.batches = islice(iter(self.loader), index, None)
             batch = next(self.batches)
         self.at = step + 1
-        return split_batch(batch)[0]
+        return split_batch(batch.batch if isinstance(batch, Share) else batch)[0]
 
 
 class ConsistencyRegularization(Ingredient):
@@ -127,6 +127,7 @@ class ConsistencyRegularization(Ingredient):
         self.count = 0
         self.more: Endless | None = None
         self.target: Tensor | None = None
+        self.further: Any = None  # the images without labels of this step
         self.extra: tuple[Any, Tensor] | None = None
 
     def start(self, run: Run) -> None:
@@ -134,8 +135,8 @@ class ConsistencyRegularization(Ingredient):
         self.count = 0
         if self.unlabelled is not None:
             loader = self.unlabelled
-            if isinstance(loader, DataLoader):
-                loader = run.accelerator.prepare_data_loader(loader)
+            if isinstance(loader, Sized) and len(loader):
+                loader = SharedLoader(loader, run.accelerator.process_index, run.accelerator.num_processes)
             self.more = Endless(loader, self.seed, run.accelerator.device)
 
     def view(self, inputs: Any, strength: float = 0.0) -> Any:
@@ -160,10 +161,15 @@ class ConsistencyRegularization(Ingredient):
             return logits_of(call_model(self.average, inputs)).float()
 
     def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
+        if self.more is not None:
+            self.further = to_device(self.more.get(run.step), run.accelerator.device)
+
+    def before_part(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
         # here and not in `loss`, which is called twice a step if the gradient is taken at a perturbed point
         self.target = self.taught(run, self.view(inputs))
-        if self.more is not None:
-            images = to_device(self.more.get(run.step), run.accelerator.device)
+        if self.further is not None:
+            start, stop = bounds(size_of(self.further), run.parts, run.part)
+            images = cut(self.further, start, max(stop, start + 1))
             self.extra = self.view(images, self.strength), self.taught(run, images)
 
     def loss(self, run: Run, inputs: Any, labels: Tensor | None, logits: Tensor) -> Tensor:
@@ -175,7 +181,7 @@ class ConsistencyRegularization(Ingredient):
         return self.weight * ramp_up(run.progress, self.ramp) * total
 
     def after_step(self, run: Run) -> None:
-        self.target, self.extra = None, None
+        self.target, self.further, self.extra = None, None, None
         self.count += 1
         follow(self.average, run.model, min((1 + self.count) / (10 + self.count), self.decay))
 

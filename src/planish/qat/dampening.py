@@ -93,6 +93,8 @@ class Freezing(OscillationTracker):
             ``start`` nothing is frozen. Both should be two or three times the momentum or more.
     """
 
+    sharded = False  # it puts single weights back
+
     def __init__(
         self, first: float = 0.1, last: float = 0.01, start: float = 0.25, momentum: float = 0.01,
         most_bits: int = MOST_BITS,

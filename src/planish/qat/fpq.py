@@ -125,7 +125,7 @@ class ChannelStandardizedDistillation(Ingredient):
     def start(self, run: Run) -> None:
         self.ours, self.theirs = Outputs(run.model, self.layers), Outputs(self.teacher, self.layers)
 
-    def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
+    def before_part(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
         assert self.ours is not None
         assert self.theirs is not None
         with torch.no_grad(), run.accelerator.autocast():

@@ -20,7 +20,7 @@ from planish.network import Product
 from planish.network.batches import call_model, split_batch, to_device
 from planish.qat.method import Context, Method
 from planish.training import Ingredient
-from planish.training.engine import begin_epoch
+from planish.training.engine import begin_epoch, gather_rows
 from planish.training.loop import Run
 
 
@@ -86,9 +86,9 @@ class FeatureMimicry(Ingredient):
         """The teacher's features of the first images of the loader, the same in every process."""
         begin_epoch(run.loader, 0, run.settings.seed)  # and after an interruption
         seen: list[Tensor] = []
-        for batch in run.loader:
-            self._watch(run, split_batch(to_device(batch, run.accelerator.device))[0])
-            seen.append(run.accelerator.gather(self.features.pop("teacher")))
+        for share in run.loader:
+            self._watch(run, split_batch(to_device(share.batch, run.accelerator.device))[0])
+            seen.append(gather_rows(self.features.pop("teacher")[: share.own], run.accelerator))
             if sum(len(part) for part in seen) >= self.images:
                 break
         return torch.cat(seen)[: self.images]
@@ -98,7 +98,7 @@ class FeatureMimicry(Ingredient):
         with run.accelerator.autocast():
             call_model(self.teacher, inputs)
 
-    def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
+    def before_part(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
         self._watch(run, inputs)
 
     def loss(self, run: Run, inputs: Any, labels: Tensor | None, logits: Tensor) -> Tensor:

@@ -90,7 +90,7 @@ class MaximumEntropyCoding(Ingredient):
         for name, (_, tap) in self.weights.items():
             self.handles.append(tap.register_forward_hook(self._keep(f"weight {name}")))
 
-    def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
+    def before_part(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
         if self.teacher is not None:
             with torch.no_grad(), run.accelerator.autocast():
                 call_model(self.teacher, inputs)

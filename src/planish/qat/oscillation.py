@@ -23,6 +23,7 @@ from planish.network import taps_of
 from planish.quantizers import LaterQuantizer, TrainableQuantizer
 from planish.training import Ingredient
 from planish.training.loop import Run
+from planish.training.sharding import whole
 
 MOST_BITS = 4  # above, a step is too small for its oscillations to matter (section 3, and the authors' code)
 
@@ -75,7 +76,7 @@ class Rounded:
     @property
     def latent(self) -> Tensor:
         """What is compared with the thresholds."""
-        weight = self.parameter.detach()
+        weight = whole(self.parameter.detach())
         return self.tap.latent(weight).detach() if isinstance(self.tap, TrainableQuantizer) else weight
 
     @property
@@ -107,6 +108,8 @@ class OscillationTracker(Ingredient):
         most_bits: weights with more bits are left out.
         report_at: share of the run at which a report is made and kept as ``earlier`` (before annealing, say).
     """
+
+    sharded = True
 
     def __init__(
         self, momentum: float = 0.01, threshold: float = 0.005, most_bits: int = MOST_BITS,

@@ -66,7 +66,7 @@ class QuantizedSAM(Ingredient):
         self.outputs = {}
         try:
             loss = compute()
-            gradients = self._gradients()
+            gradients = self._gradients(run)
         finally:
             self.outputs = None
         if not torch.isfinite(loss) or not gradients:
@@ -81,13 +81,14 @@ class QuantizedSAM(Ingredient):
             self.shifts = {}
         return loss if torch.isfinite(worst) else worst
 
-    def _gradients(self) -> dict[str, Tensor]:
-        """The gradients at the taps' outputs."""
+    def _gradients(self, run: Run) -> dict[str, Tensor]:
+        """The gradients at the taps' outputs, of the whole batch: all processes go to the same point."""
         found = {}
         for name, outputs in (self.outputs or {}).items():
             parts = [out.grad for out in outputs if out.grad is not None]
             if parts:
-                found[name] = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+                gradient = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+                found[name] = run.accelerator.reduce(gradient, "mean")
         return found
 
     def finish(self, run: Run) -> None:

@@ -12,6 +12,8 @@ from planish.training.loop import Run
 class Upkeep(Ingredient):
     """Brings step sizes that an update has driven below zero (or near it) back to where they mean something."""
 
+    sharded = True  # steps stay whole
+
     def __init__(self, taps: Mapping[str, TrainableQuantizer]) -> None:
         self.taps = taps
 

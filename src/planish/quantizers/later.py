@@ -15,6 +15,8 @@ class LaterQuantizer(TrainableQuantizer):
     So what is baked does not compute what was trained, as it does for every other quantizer.
     """
 
+    sharded = False  # it keeps the weight that it saw last
+
     def initialize(self, x: Tensor, grid: Grid) -> None:
         self.latest = x.detach()
 

@@ -33,7 +33,7 @@ class _Learned(torch.autograd.Function):
             steps.sub_(offset)
         steps.round_()
         # clamping the code plus its zero point is clamping the code to shifted limits: one pass less
-        if zero_point.numel() == 1 and not zero_point.is_cuda:
+        if _as_numbers(zero_point):
             steps.clamp_(qmin - zero_point.item(), qmax - zero_point.item())
         else:
             steps.clamp_(qmin - zero_point, qmax - zero_point)
@@ -49,7 +49,7 @@ class _Learned(torch.autograd.Function):
         x, out, scale, zero_point = ctx.saved_tensors
         qmin, qmax, offset = ctx.limits
         low, high = (qmin - zero_point - 0.5 + offset) * scale, (qmax - zero_point + 0.5 + offset) * scale
-        if low.numel() == 1 and not x.is_cuda:
+        if _as_numbers(low):
             passed = torch.ops.aten.hardtanh_backward(gradient, x, low.item(), high.item())
         else:
             passed = torch.where((x > low) & (x < high), gradient, 0)
@@ -64,6 +64,11 @@ class _Learned(torch.autograd.Function):
         if ctx.pull:
             passed = passed * (1 + ctx.pull * passed.sign() * ((x - out) / scale).to(x.dtype))
         return passed, to_scale, to_zero_point, None, None, None, None
+
+
+def _as_numbers(limit: Tensor) -> bool:
+    """Whether limits are faster as plain numbers: not where a device would be waited for or a graph would end."""
+    return limit.numel() == 1 and not limit.is_cuda and not torch.compiler.is_compiling()
 
 
 def _shared(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class StatsQuantizer(TrainableQuantizer):
 
     band: float | None = None
 
+    sharded = False  # it keeps the weight that it saw last
+
     def initialize(self, x: Tensor, grid: Grid) -> None:
         if not self.format.half_integer:
             raise PlanishError("StatsQ has no level at zero: its format has to be half-integer")

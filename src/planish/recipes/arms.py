@@ -41,8 +41,9 @@ def arm_settings(arm: str, train: TrainOptions, noise: NoiseOptions, seed: int) 
     if arm == "given":
         return None
     training = TrainingSettings(
-        epochs=train.epochs, lr=train.lr, optimizer=train.optimizer, mixed_precision=train.mixed_precision, seed=seed
-    )
+        epochs=train.epochs, lr=train.lr, optimizer=train.optimizer, mixed_precision=train.mixed_precision,
+        accumulation=train.accumulation, compile=train.compile, seed=seed,
+    )  # fmt: skip
     base = plain(training)
     if arm == "tuned":
         return base

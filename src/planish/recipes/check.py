@@ -61,6 +61,8 @@ def check_training(train: TrainOptions, noise: NoiseOptions) -> None:
         raise PlanishError(f"epochs is {train.epochs}: training needs at least 1")
     if train.lr is not None and not (math.isfinite(train.lr) and train.lr > 0):
         raise PlanishError(f"lr is {train.lr}: the learning rate is a number above 0")
+    if train.accumulation < 1:
+        raise PlanishError(f"accumulation is {train.accumulation}: a batch is computed in 1 or more parts")
     _one_of("optimizer", train.optimizer, ("auto", "sgd", "adamw"))
     _one_of("mixed-precision", train.mixed_precision, ("no", "bf16", "fp16"))
     _one_of("weight-noise", noise.weight_noise, WEIGHT_KINDS)

@@ -26,7 +26,7 @@ class ModelOptions:
     """folder of class folders, or of train/ and val/ with class folders; a CSV file with path and label; tar shards; a
     data set of Hugging Face datasets, saved or hf:NAME; default: the embedded Fashion-MNIST images"""
     batch_size: int = 128
-    """images in a batch"""
+    """images in a batch, of all processes together"""
     workers: int = 0
     """processes that decode images"""
     threads: int = 0
@@ -47,6 +47,10 @@ class TrainOptions:
     """auto, sgd or adamw"""
     mixed_precision: str = "no"
     """no, bf16 or fp16"""
+    accumulation: int = 1
+    """parts in which a batch is computed, one after the other: less memory, the same step"""
+    compile: bool = False
+    """let torch.compile have the network in training"""
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from planish.ptq import quantize
 from planish.recipes.arms import ARMS, arm_settings
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig, flat_dict
+from planish.recipes.estimate import plain_step, tell, worth_it
 from planish.recipes.material import Material, prepare
 from planish.recipes.passes import chosen_passes, learning_cost
 from planish.recipes.processes import count_processes, is_main, make_console, on_main
@@ -125,6 +126,7 @@ class _Journey:
     def walk(self) -> dict[str, Any]:
         given = self.material.loaded.model
         _ = self.ledger  # a product that no tap reaches, or a pattern that matches nothing, is an error before training
+        self._estimate()
         with self.work:
             self.work.begin("the given network on the test images")
             reference, _, _ = predict(given, self.material.test, progress=self._each_batch)
@@ -136,6 +138,18 @@ class _Journey:
                     for method in self.config.methods:
                         self.measure(arm, model, reference, scheme, method, fp)
         return self.results()
+
+    def _estimate(self) -> None:
+        """Say what the whole run will take, unless it goes on with one that was interrupted."""
+        config, material = self.config, self.material
+        trained = [arm_settings(a, config.train, config.noise, config.models.seed) for a in config.arms]
+        settings = next((one for one in trained if one is not None), None)
+        if settings is None or self.folder.resumed or not worth_it(material, config.train.epochs):
+            return
+        images = sum(cost for _, cost in self.work.plan)
+        steps = images / config.models.batch_size
+        step = plain_step(material, settings.training)
+        tell(self.work.console, material, config.train.epochs, step, steps, count_processes())
 
     def _each_share(self, share: float) -> None:
         self.stop.check()
@@ -251,6 +265,8 @@ class _Journey:
             "optimizer": config.train.optimizer if trained else None,
             "learning_rate": (config.train.lr or "default of the optimizer") if trained else None,
             "precision": config.train.mixed_precision if trained else None,
+            "accumulation": config.train.accumulation if trained and config.train.accumulation > 1 else None,
+            "compiled": True if trained and config.train.compile else None,
             **{f"scheme_{name}": Scheme.parse(name).describe().partition(": ")[2] for name in schemes},
             "in_float": ", ".join((IN_FLOAT, *config.quantize.allow)),
             "seed": config.models.seed, "batch_size": config.models.batch_size, "threads": config.models.threads,

@@ -69,10 +69,7 @@ def prepare(config: RunConfig, console: Console, *, calibrate: bool = True) -> M
     for note in data.notes:
         say(console, f"note: {note}")
     check_classes(loaded.model, data)
-    try:
-        loaded.model.to(make_accelerator(config.train.mixed_precision).device)
-    except ValueError as error:  # Accelerate's own, for a precision that this device has not
-        raise PlanishError(f"mixed-precision {config.train.mixed_precision}: {error}") from error
+    loaded.model.to(make_accelerator(config.train.mixed_precision).device)
     size, seed, images = options.batch_size, options.seed, len(data.train_labels)
 
     def loader(dataset: Any, **kwargs: Any) -> DataLoader[Any]:

@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from torch import nn
 
 from planish.data import set_epoch
@@ -23,14 +24,16 @@ from planish.qat import Method, QATSettings, train_quantized
 from planish.qat.oscillation import OscillationTracker
 from planish.recipes.arms import arm_settings
 from planish.recipes.config import NoiseOptions, TrainOptions
+from planish.recipes.estimate import measured, tell, worth_it
 from planish.recipes.kept import Kept
 from planish.recipes.material import Material
-from planish.recipes.processes import is_main, on_main
+from planish.recipes.processes import count_processes, is_main, on_main
 from planish.recipes.session import StopFlag
 from planish.recipes.trained import keeping, train_arm
 from planish.training import TrainingSettings
 
 STARTS = ("given", "flat")
+FLAT_SHARE = 0.9  # what a step of flattening costs, in steps with learned quantizers (docs/training.md, flattening.md)
 
 
 def split_epochs(start: str, flat: int | None, epochs: int) -> int:
@@ -121,19 +124,35 @@ class QuantizedTraining:
         """Of the training of the quantized network."""
         training = TrainingSettings(
             epochs=self.epochs, lr=self.options.lr, optimizer=self.options.optimizer, freeze_batchnorm=False,
-            mixed_precision=self.options.mixed_precision, seed=self.seed,
+            mixed_precision=self.options.mixed_precision, accumulation=self.options.accumulation,
+            compile=self.options.compile, seed=self.seed,
         )  # fmt: skip
         return QATSettings(training=training)
 
-    def rehearse(self) -> None:
-        """One step from the given network, thrown away: what the method or the network refuses is refused at once."""
-        set_epoch(self.material.train, 0)
-        batch = list(islice(self.material.train, 1))
+    def rehearse(self, batches: list[Any] | None = None, progress: Callable[..., None] | None = None) -> None:
+        """One step from the given network, thrown away: what the method or the network refuses is refused at once.
+
+        Args:
+            batches: steps that are taken instead.
+            progress: hears of each of them.
+        """
+        if batches is None:
+            set_epoch(self.material.train, 0)
+            batches = list(islice(self.material.train, 1))
         settings = replace(self.settings, training=replace(self.settings.training, epochs=1))
         train_quantized(
-            self.material.loaded.model, batch, self.scheme, self.method, unlabelled=self.unlabelled,
-            calibration=[split_batch(part)[0] for part in batch], settings=settings, allow=self.allow,
+            self.material.loaded.model, batches, self.scheme, self.method, unlabelled=self.unlabelled,
+            calibration=[split_batch(batches[0])[0]], settings=settings, allow=self.allow, progress=progress,
         )  # fmt: skip
+
+    def estimate(self, console: Console) -> None:
+        """Say what it will take, from a few steps of this method; a short training is not worth it."""
+        if not worth_it(self.material, self.epochs + self.flat_epochs):
+            return
+        step = measured(self.material, self.rehearse)
+        epochs = self.epochs + FLAT_SHARE * self.flat_epochs
+        whole = self.epochs + self.flat_epochs
+        tell(console, self.material, whole, step, epochs * len(self.material.train), count_processes())
 
     def flatten(self, progress: Callable[[float], None]) -> None:
         """Make the flat start, or read it back if an interrupted command had come that far."""

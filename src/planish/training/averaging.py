@@ -10,6 +10,7 @@ from torch import Tensor
 from planish.errors import PlanishError
 from planish.training.ingredients import Ingredient
 from planish.training.loop import Run
+from planish.training.sharding import copy_into, local
 
 
 class Averaging(Ingredient):
@@ -24,6 +25,8 @@ class Averaging(Ingredient):
     BatchNorm statistics of the average are to be re-estimated afterwards; buffers are left as trained.
     """
 
+    sharded = True
+
     def __init__(self, decay: float | None = 0.998, start: float = 0.0, until: float = 1.0) -> None:
         if decay is not None and not 0 < decay < 1:
             raise PlanishError(
@@ -37,12 +40,12 @@ class Averaging(Ingredient):
         self.over = False
         self.average: list[Tensor] = []
 
-    def _weights(self, run: Run) -> list[Tensor]:
-        return [p.detach() for p in run.model.parameters() if p.requires_grad]
-
     def start(self, run: Run) -> None:
         self.count, self.over = 0, False
-        self.average = [w.clone() for w in self._weights(run)]
+        weights = [p.detach() for p in run.model.parameters() if p.requires_grad]
+        self.average = [w.clone() for w in weights]
+        # as far as this process has them; once and not in every step, because looking for them takes its time
+        self.here = [local(a) for a in self.average], [local(w) for w in weights]
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
@@ -50,15 +53,17 @@ class Averaging(Ingredient):
             return
         self.count += 1
         rate = 1 / self.count if self.decay is None else 1 - min(self.decay, (1 + self.count) / (10 + self.count))
-        torch._foreach_lerp_(self.average, self._weights(run), rate)
+        average, weights = self.here
+        torch._foreach_lerp_(average, weights, rate)
         if self.until < 1 and (run.step + 1) / run.steps >= self.until:
             self.over = True
-            torch._foreach_copy_(self._weights(run), self.average)
+            torch._foreach_copy_(weights, average)
 
     @torch.no_grad()
     def finish(self, run: Run) -> None:
         if not run.failed and self.count and not self.over:
-            torch._foreach_copy_(self._weights(run), self.average)
+            average, weights = self.here
+            torch._foreach_copy_(weights, average)
 
     def state_dict(self) -> dict[str, Any]:
         return {"count": self.count, "average": self.average, "over": self.over}
@@ -66,4 +71,4 @@ class Averaging(Ingredient):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.count, self.over = state["count"], state.get("over", False)
         for mine, saved in zip(self.average, state["average"], strict=True):
-            mine.copy_(saved)
+            copy_into(mine, saved)

@@ -10,6 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.training.ingredients import Ingredient
+from planish.training.sharding import copy_into, is_split, whole
 
 _TENSORS, _VALUES = "state.safetensors", "state.json"
 
@@ -37,7 +39,7 @@ def _beside(directory: Path, suffix: str) -> Path:
 def flatten_state(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """Move the tensors of a nested state into ``tensors``; what is left is JSON with references to them."""
     if isinstance(state, Tensor):
-        tensors[prefix] = state.detach().to("cpu", copy=True).contiguous()
+        tensors[prefix] = whole(state.detach()).to("cpu", copy=True).contiguous()
         return {"tensor": prefix}
     if isinstance(state, dict):
         return {"dict": [[k, flatten_state(v, f"{prefix}/{k}", tensors)] for k, v in state.items()]}
@@ -67,7 +69,8 @@ def save(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write everything that :func:`load` needs; only the main process writes.
+    """Write everything that :func:`load` needs; only the main process writes, but all of them have to come here: what
+    FSDP2 has split is put together.
 
     Args:
         settings: plain values without which the run cannot be continued to the same result.
@@ -75,7 +78,8 @@ def save(
     Raises:
         PlanishError: the disk is full or not writable; the previous checkpoint stays as it was.
     """
-    if directory is None or not accelerator.is_main_process:
+    split = any(is_split(parameter) for parameter in model.parameters())
+    if directory is None or not (accelerator.is_main_process or split):
         return
     tensors: dict[str, Tensor] = {}
     scaler = getattr(optimizer, "scaler", None)  # of the losses in fp16
@@ -88,6 +92,8 @@ def save(
         "step": step,
     }
     tree = flatten_state(state, "", tensors)
+    if not accelerator.is_main_process:
+        return
     fresh, old = _beside(directory, "new"), _beside(directory, "old")
     try:
         shutil.rmtree(fresh, ignore_errors=True)
@@ -129,8 +135,9 @@ def load(
         _check_settings(directory, state.get("settings") or {}, settings or {})
         if len(state["ingredients"]) != len(ingredients):
             raise ValueError("it was written with other ingredients")
-        model.load_state_dict(state["model"])
+        _load_model(model, state["model"])
         optimizer.load_state_dict(state["optimizer"])
+        _split_moments(optimizer)
         for ingredient, saved in zip(ingredients, state["ingredients"], strict=True):
             ingredient.load_state_dict(saved)
         scaler = getattr(optimizer, "scaler", None)
@@ -145,6 +152,28 @@ def load(
             f"the checkpoint {directory} cannot be continued from ({type(error).__name__}: {what}); "
             f"delete it to start over"
         ) from error
+
+
+def _load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    mine = model.state_dict()
+    if not any(is_split(value) for value in mine.values()):
+        model.load_state_dict(dict(state))
+        return
+    if mine.keys() != state.keys():
+        raise ValueError("it was written by another network")
+    for key, value in mine.items():  # which share their memory with the network
+        copy_into(value, state[key])
+
+
+def _split_moments(optimizer: Any) -> None:
+    """Of the moments in an optimizer, which were put together, each process keeps its part."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            kept = optimizer.state.get(parameter, {}) if is_split(parameter) else {}
+            for name, value in kept.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    kept[name] = torch.empty_like(parameter, dtype=value.dtype)
+                    copy_into(kept[name], value)
 
 
 def _check_settings(directory: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

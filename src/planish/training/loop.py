@@ -7,24 +7,45 @@ or one with an ingredient that draws nothing, computes exactly what the uninterr
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
-from dataclasses import asdict, dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of, split_batch, to_device
 from planish.training import checkpoint
-from planish.training.engine import begin_epoch, equalize_buffers, make_accelerator, make_optimizer, step_seed
+from planish.training.engine import (
+    any_process,
+    begin_epoch,
+    equalize_buffers,
+    make_accelerator,
+    make_optimizer,
+    reduce_statistics,
+    seed_generators,
+    step_seed,
+    trained_statistics,
+)
 from planish.training.ingredients import Ingredient
+from planish.training.sharding import (
+    Sharding,
+    asked_for,
+    average_whole,
+    clip_gradients,
+    is_split,
+    local,
+    refuse,
+    whole,
+    without_exchange,
+)
+from planish.training.shares import Share, SharedLoader, first_parts
 
 
 @dataclass(frozen=True)
@@ -43,7 +64,10 @@ class TrainingSettings:
             the network is used; its scales and shifts are trained. With batch statistics a network does not learn to
             bear a shifted mean, because each batch takes the shift out again.
         quantizer_lr: learning rate of the parameters of quantizers, as a share of the others'.
-        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
+        mixed_precision: ``"no"``, ``"bf16"`` or ``"fp16"`` (which needs a device that has it).
+        accumulation: parts in which each process computes its share of a batch, one after the other: less memory, the
+            same step (but for BatchNorm that normalizes by the images at hand).
+        compile: let ``torch.compile`` have the network; steps that are perturbed anew each time run without it.
         seed: of everything random in the loop.
     """
 
@@ -57,6 +81,8 @@ class TrainingSettings:
     freeze_batchnorm: bool = True
     quantizer_lr: float = 1.0
     mixed_precision: str = "no"
+    accumulation: int = 1
+    compile: bool = False
     seed: int = 0
 
     def learning_rate(self, step: int, steps: int, peak: float) -> float:
@@ -77,8 +103,11 @@ class Run:
     accelerator: Accelerator
     settings: TrainingSettings
     steps: int  # in all
-    loader: Any
+    loader: Any  # of shares
     step: int = 0
+    part: int = 0  # of the batch, of so many
+    parts: int = 1
+    counts: Sequence[int] = ()  # images that each process has in the first part
     failed: bool = False
     history: list[dict[str, float]] = field(default_factory=list)
     log: Callable[[dict[str, Any]], None] = lambda event: None
@@ -119,6 +148,7 @@ def train(
     Args:
         model: any module whose output :func:`planish.network.batches.logits_of` understands.
         loader: batches of (inputs, labels), with a length; a sampler or data set with ``set_epoch`` is told the epoch.
+            Of several processes each takes its part of every batch: the batch size is that of all of them together.
         checkpoint_dir: where the state is saved after every epoch, and when ``should_stop`` says so.
         resume: continue from ``checkpoint_dir`` if there is a checkpoint.
         progress: called after each step with (step, steps, loss).
@@ -134,9 +164,19 @@ def train(
             f"training needs a number of epochs that is not negative, got {settings.epochs}, "
             f"and a loader with a length, got a {type(loader).__name__}"
         )
+    if settings.accumulation < 1:
+        raise PlanishError(f"accumulation is {settings.accumulation}: a batch is computed in 1 or more parts")
     accelerator = accelerator or make_accelerator(settings.mixed_precision)
-    optimizer, peak = make_optimizer(model, settings)
-    wrapped, prepared, batches = accelerator.prepare(model, optimizer, loader)
+    split = None
+    if asked_for(accelerator):
+        refuse(model, ingredients)
+        split = Sharding(model, accelerator)
+        optimizer, peak = make_optimizer(model, settings)
+        wrapped, prepared = model, accelerator.prepare_optimizer(optimizer)
+    else:
+        optimizer, peak = make_optimizer(model, settings)
+        wrapped, prepared = accelerator.prepare(model, optimizer)
+    batches = SharedLoader(loader, accelerator.process_index, accelerator.num_processes)
     _unwrap(model)
     steps = settings.epochs * len(batches)
     if steps == 0 and settings.epochs > 0:
@@ -154,6 +194,7 @@ def train(
     try:
         for ingredient in ingredients:
             ingredient.start(run)
+        run.log(_seeds(run))
         if resume and checkpoint_dir is not None and checkpoint.exists(checkpoint_dir):
             run.step = checkpoint.load(checkpoint_dir, *state, settings=known)
             good = _snapshot(model)
@@ -161,17 +202,17 @@ def train(
         for epoch in range(run.step // max(1, len(batches)), settings.epochs):
             begin_epoch(batches, epoch, settings.seed)
             done = run.step - epoch * len(batches)
-            for batch in _skip(accelerator, batches, done) if done else batches:
-                loss = stepper(batch)
+            for share in batches.begin_at(done):
+                loss = stepper(share)
                 run.step += 1
                 if progress:
                     progress(run.step, run.steps, loss)
-                if _any(should_stop(), accelerator):
+                if any_process(should_stop(), accelerator):
                     saver(run.step)
                     raise Interrupted
             run.history.append({"epoch": epoch + 1, "loss": loss, "seconds": time.perf_counter() - began})
             run.log({"event": "epoch", **run.history[-1]})
-            if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+            if any_process(not all(local(p).isfinite().all() for p in model.parameters()), accelerator):
                 raise FloatingPointError("NaN or infinite in the weights")
             good = _snapshot(model)
             saver(run.step)
@@ -186,8 +227,16 @@ def train(
         raise TrainingFailed(
             f"the loss became {error} at step {run.step + 1} of {run.steps}: training stopped and the last good "
             f"weights were kept{where}; lower the learning rate ({peak:g}) or look for bad values in the images",
-            good,
+            {key: whole(value) for key, value in good.items()},
         ) from None
+    except RuntimeError as error:
+        run.failed = True
+        if "Expected to have finished reduction" not in str(error):
+            raise
+        raise PlanishError(
+            "a parameter of the network gets no gradient, and the processes wait for it: give parameters that no image "
+            "reaches requires_grad_(False), or train in one process"
+        ) from error
     except BaseException:
         run.failed = True
         raise
@@ -195,16 +244,22 @@ def train(
         for ingredient in ingredients:
             ingredient.finish(run)
         optimizer.zero_grad(set_to_none=True)
+        if split is not None:
+            split.undo()
     equalize_buffers(model, accelerator)
     return run
 
 
 class Stepper:
-    """One step: ingredients around forward and backward, then the optimizer."""
+    """One step: ingredients around forward and backward of every part of the batch, then the optimizer."""
 
     def __init__(self, run: Run, optimizer: Any, peak: float, ingredients: list[Ingredient]) -> None:
         self.run, self.optimizer, self.peak, self.ingredients = run, optimizer, peak, ingredients
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
+        self.synchronized = run.wrapped  # what exchanges gradients at the end of a backward pass
+        self.compiled: Any = torch.compile(run.wrapped) if run.settings.compile else None
+        self.norms: list[Any] = []
+        self.split = any(is_split(p) for p in self.parameters)
 
     def set_modes(self) -> None:
         """Training mode, but for BatchNorm if the settings freeze it."""
@@ -213,32 +268,86 @@ class Stepper:
             for module in self.run.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
+        self.norms = trained_statistics(self.run.model)
 
-    def __call__(self, batch: Any) -> float:
+    def __call__(self, share: Share) -> float:
         run = self.run
-        torch.manual_seed(step_seed(run.settings.seed, run.step, run.accelerator.process_index))
+        self._seed(0)
         lr = run.settings.learning_rate(run.step, run.steps, self.peak)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("share", 1.0)
-        inputs, labels = split_batch(to_device(batch, run.accelerator.device))
+        share = replace(share, batch=to_device(share.batch, run.accelerator.device))
+        inputs, labels = split_batch(share.batch)
+        # as many parts in every process, each with an image: they wait for each other in the last one
+        processes = run.accelerator.num_processes
+        parts = share.split(min(run.settings.accumulation, max(1, share.whole // processes)))
+        run.parts, run.counts = len(parts), first_parts(share.whole, processes, len(parts))
         for ingredient in self.ingredients:
             ingredient.before_step(run, inputs, labels)
-        compute: Callable[[], Tensor] = functools.partial(self._compute, inputs, labels)
+        if self.compiled is not None:
+            eager = any(ingredient.eager(run) for ingredient in self.ingredients)
+            run.wrapped = self.synchronized if eager else self.compiled
+        self.fresh = True
+        compute: Callable[[], Tensor] = functools.partial(self._compute, parts)
         for ingredient in reversed(self.ingredients):
             compute = functools.partial(ingredient.around, run, compute)
         loss = compute().item()
         if not math.isfinite(loss):
             raise FloatingPointError(loss)
         if run.settings.clip_norm is not None:
-            run.accelerator.clip_grad_norm_(self.parameters, run.settings.clip_norm)
+            self._clip(run.settings.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        reduce_statistics(self.norms, run.accelerator)
         for ingredient in self.ingredients:
             ingredient.after_step(run)
         return loss
 
-    def _compute(self, inputs: Any, labels: Tensor | None) -> Tensor:
+    def _clip(self, most: float) -> None:
+        if not self.split:
+            self.run.accelerator.clip_grad_norm_(self.parameters, most)
+            return
+        if getattr(self.run.accelerator, "scaler", None) is not None:
+            self.run.accelerator.unscale_gradients(self.optimizer)
+        clip_gradients(self.parameters, most)
+
+    def _exchanging(self, last: bool) -> AbstractContextManager[Any]:
+        """Gradients add up in each process until the last part of a batch."""
+        if last:
+            return nullcontext()
+        return (without_exchange if self.split else self.run.accelerator.no_sync)(self.synchronized)
+
+    def _seed(self, part: int) -> None:
+        """What the network draws differs between processes and parts, and is drawn again when a part is repeated."""
+        accelerator = self.run.accelerator
+        stream = accelerator.process_index + accelerator.num_processes * part
+        seed_generators(step_seed(self.run.settings.seed, self.run.step, stream), accelerator.device)
+
+    def _compute(self, parts: list[Share]) -> Tensor:
+        """Forward and backward of every part; the mean loss over the whole batch, of all processes."""
+        run, shown = self.run, torch.zeros((), device=self.run.accelerator.device)
+        for run.part, part in enumerate(parts):
+            if len(parts) > 1:
+                self._seed(run.part)
+            last = run.part + 1 == len(parts)
+            with self._exchanging(last):
+                loss = self._loss(*split_batch(part.batch))
+                # all processes pass backward, whatever their loss is: one that did not would leave the others waiting
+                weight = part.weight * run.accelerator.num_processes  # gradients are averaged over the processes
+                run.accelerator.backward(loss if weight == 1 else loss * weight)
+            shown += loss.detach() if part.weight == 1 else loss.detach() * part.weight
+        self.fresh = False
+        if self.split:
+            average_whole(self.parameters, run.accelerator)
+        if run.accelerator.num_processes > 1:
+            shown = run.accelerator.reduce(shown, "sum")
+        return shown
+
+    def _loss(self, inputs: Any, labels: Tensor | None) -> Tensor:
         run = self.run
+        if self.fresh or run.parts > 1:
+            for ingredient in self.ingredients:
+                ingredient.before_part(run, inputs, labels)
         with run.accelerator.autocast():
             logits = logits_of(call_model(run.wrapped, inputs)).float()
             given = [ingredient.loss(run, inputs, labels, logits) for ingredient in self.ingredients]
@@ -247,31 +356,20 @@ class Stepper:
             raise PlanishError(
                 "there is nothing to minimise: give the training a task loss, a distillation or another term"
             )
-        loss = torch.stack(terms).sum()
-        shown = loss.detach()
-        if run.accelerator.num_processes > 1:
-            # all processes go on, or none does: one that stopped alone would leave the others waiting
-            shown = run.accelerator.reduce(shown, "mean")
-        if torch.isfinite(shown):
-            run.accelerator.backward(loss)
-        return shown
+        return torch.stack(terms).sum()
+
+
+def _seeds(run: Run) -> dict[str, Any]:
+    """A line for the log: what everything random in this run follows from."""
+    processes, seed = run.accelerator.num_processes, run.settings.seed
+    return {
+        "event": "seeds", "seed": seed, "processes": processes,
+        "first_step": [step_seed(seed, 0, rank) for rank in range(processes)],
+    }  # fmt: skip
 
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
-
-
-def _skip(accelerator: Accelerator, loader: Any, done: int) -> Iterable[Any]:
-    if isinstance(loader, DataLoader):
-        return accelerator.skip_first_batches(loader, done)
-    return itertools.islice(loader, done, None)
-
-
-def _any(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether any process says so; processes that stopped at different steps would wait for each other."""
-    if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
 
 
 def _move(ingredients: Sequence[Ingredient], model: nn.Module, accelerator: Accelerator) -> None:

@@ -17,6 +17,8 @@ from planish.training.loop import Run
 class TaskLoss(Ingredient):
     """``weight * cross_entropy(logits, labels)``; labels are class indices."""
 
+    sharded = True
+
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
         self.weight, self.label_smoothing = weight, label_smoothing
 
@@ -29,20 +31,22 @@ class TaskLoss(Ingredient):
 
 
 class _Taught(Ingredient):
-    """Holds a frozen network and its outputs for the batch at hand; reads no labels."""
+    """Holds a frozen network and its outputs for the images at hand; reads no labels."""
+
+    sharded = True
 
     def __init__(self, teacher: nn.Module, weight: float) -> None:
         self.teacher = teacher.eval().requires_grad_(False)
         self.weight = weight
         self._target: Tensor | None = None
 
-    def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
+    def before_part(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
         with torch.no_grad(), run.accelerator.autocast():
             self._target = logits_of(call_model(self.teacher, inputs)).float()
 
     @property
     def target(self) -> Tensor:
-        """The teacher's logits for this batch."""
+        """The teacher's logits for the images at hand."""
         assert self._target is not None
         return self._target
 
