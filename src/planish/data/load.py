@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from planish.data.arrays import BatchedTensorDataset
 from planish.data.encoded import EncodedImages
 from planish.data.folder import find_folders
-from planish.data.listing import Found, drop_unreadable, note_overlap, split_listing
+from planish.data.listing import Found, drop_unreadable, hash_of, note_overlap, split_listing
 from planish.data.manifest import DELIMITERS, find_listed, find_manifests
 from planish.data.saved import HUB, find_on_hub, find_saved, is_saved
 from planish.data.shards import find_shards, is_shards
@@ -30,7 +30,7 @@ _CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Sh
 class ImageData:
     """Two splits of labelled images. The data sets give (float32 image (C, H, W), normalized; int label).
 
-    ``notes`` are sentences for the user: what was skipped, split or resized.
+    ``notes`` are sentences for the user: what was skipped, split or resized; ``content`` is a hash of all images.
     """
 
     train: Dataset[Any]
@@ -39,6 +39,7 @@ class ImageData:
     name: str
     train_labels: list[int]
     notes: list[str] = field(default_factory=list)
+    content: str = ""
 
 
 def load_data(
@@ -54,7 +55,7 @@ def load_data(
 
     These are in class folders, listed in a CSV file, packed in tar shards, or a data set of Hugging Face ``datasets``,
     saved or by its name on the hub (docs/data.md). Without a split to measure on, 20 % of each class are set aside.
-    Every image is decoded once to find the unreadable ones.
+    Every image is decoded once to find the unreadable ones; of a large source, at the next start only what is new.
 
     Args:
         source: ``DIR`` with ``DIR/train/CLASS/*`` and ``DIR/val/CLASS/*`` (or ``validation``, ``valid``, ``test``, in
@@ -74,7 +75,7 @@ def load_data(
     found = find_images(source)
     root, train, test = found.root, found.train, found.test
     notes, digests = drop_unreadable(
-        found.listings, preprocessing.input_size[0], root=root, limit_bad=limit_bad, progress=progress
+        found.listings, preprocessing, root=root, limit_bad=limit_bad, progress=progress
     )
     notes += found.notes
     if test is None:
@@ -89,6 +90,7 @@ def load_data(
         name=found.name,
         train_labels=labels,
         notes=notes,
+        content=hash_of([train, test], digests),
     )
 
 
