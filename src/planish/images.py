@@ -13,8 +13,8 @@ from planish.errors import PlanishError
 from planish.preprocessing import Preprocessing, resized_size
 
 FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
-"""Pillow's names of the only formats that are opened, whatever a file is called: not the thirty others that Pillow knows,
-one of which (EPS) runs another program."""
+"""Pillow's names of the only formats that are opened, whatever a file is called. Pillow knows thirty others, and one of
+them (EPS) runs another program."""
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"))
 
 
@@ -27,8 +27,8 @@ def decode(source: Path | BinaryIO, channels: int) -> Image.Image:
         source: a file's path, or an open binary file.
 
     Raises:
-        OSError, SyntaxError, ValueError: from Pillow, for what is no image of :data:`FORMATS`, is truncated, or holds text
-            or a colour profile that unpacks to more than 1 MiB.
+        OSError, SyntaxError, ValueError: from Pillow, for what is no image of :data:`FORMATS`, is truncated, or holds
+            text or a colour profile that unpacks to more than 1 MiB.
         PIL.Image.DecompressionBombError: for more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (Pillow itself only warns
             up to twice as many).
     """
@@ -43,7 +43,7 @@ def decode(source: Path | BinaryIO, channels: int) -> Image.Image:
 
 
 def check_resized(width: int, height: int, preprocessing: Preprocessing) -> None:
-    """Raise PlanishError for an image so long and narrow that resizing it would exceed Pillow's limit, or leave no line.
+    """Raise PlanishError for an image so long and narrow that it would be resized beyond Pillow's limit, or to no line.
 
     One of 30,000 x 1 pixels would become one of 7,680,000 x 256, of which the network sees the middle.
     """

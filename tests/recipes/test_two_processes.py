@@ -76,5 +76,5 @@ def test_an_interrupted_run_resumes_to_the_identical_result(printed, folder):
 
 def test_another_number_of_processes_does_not_continue_it(printed, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    assert main(["run", "--resume", "--out", "left"]) == 2
+    assert main(["run", "--resume", "--out", "left", "--trust"]) == 2
     assert "cannot resume with other settings (processes was 2, is unset)" in capsys.readouterr().err

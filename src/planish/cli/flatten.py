@@ -13,7 +13,7 @@ from planish.recipes.arms import arm_settings
 from planish.recipes.check import check_models, check_training
 from planish.recipes.config import RunConfig, flat_dict
 from planish.recipes.kept import Kept
-from planish.recipes.material import prepare
+from planish.recipes.material import prepare, tell_replaced
 from planish.recipes.processes import is_main, make_console
 from planish.recipes.session import free_cores, say, stoppable
 from planish.recipes.trained import train_arm
@@ -48,6 +48,7 @@ def execute(command: Flatten) -> None:
                 stop=stop, progress=work.at, last_good=kept.last_good,
             )  # fmt: skip
             work.end()
+        tell_replaced(material, console)
         if is_main():
             save_weights(flat, command.out, {"format": "pt"})
     kept.drop()

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from planish.data.scanned import Scanned, ScanCache, key_of
+from planish.data.scanned import ScanCache, Scanned, key_of
 from planish.errors import PlanishError
 from planish.images import check_resized, decode
 from planish.preprocessing import Preprocessing

@@ -125,7 +125,9 @@ class EncodedImages(Dataset[tuple[Tensor, int]]):
                 self._lost[other] = True
                 lost = int(self._lost.sum())
                 if lost > min(MAX_REPLACED, max(1, len(self) // 20)):
-                    raise PlanishError(f"{lost} of {len(self)} training images can no longer be read: {error}") from error
+                    raise PlanishError(
+                        f"{lost} of {len(self)} training images can no longer be read: {error}"
+                    ) from error
                 warnings.warn(f"{error}; another image of its class takes its place", stacklevel=3)
         raise PlanishError(f"no image of the class of {self.samples[index]} can be read any more: put them back")
 

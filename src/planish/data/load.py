@@ -74,9 +74,7 @@ def load_data(
         return _load_embedded(preprocessing, seed=seed, augment=augment)
     found = find_images(source)
     root, train, test = found.root, found.train, found.test
-    notes, digests = drop_unreadable(
-        found.listings, preprocessing, root=root, limit_bad=limit_bad, progress=progress
-    )
+    notes, digests = drop_unreadable(found.listings, preprocessing, root=root, limit_bad=limit_bad, progress=progress)
     notes += found.notes
     if test is None:
         train, test = split_listing(train, seed)

@@ -40,7 +40,7 @@ def cache_folder() -> Path | None:
 
 
 def key_of(source: Any) -> bytes | None:
-    """A hash that changes when the image may have changed, or the decoder; ``None`` for one whose changes are hidden."""
+    """A hash that changes when the image may have changed, or the decoder; ``None`` where its changes are hidden."""
     try:
         if isinstance(source, Path):
             found = source.stat()
@@ -85,7 +85,12 @@ class ScanCache:
             marks = ",".join("?" * len(part))
             rows = self._run(f"SELECT key, digest, width, height FROM images WHERE key IN ({marks})", part)
             for key, digest, width, height in rows:
-                if isinstance(digest, bytes) and len(digest) == 16 and isinstance(width, int) and isinstance(height, int):
+                if (
+                    isinstance(digest, bytes)
+                    and len(digest) == 16
+                    and isinstance(width, int)
+                    and isinstance(height, int)
+                ):
                     found[key] = Scanned(digest, width, height)
         return found
 

@@ -27,8 +27,8 @@ _MOST_BYTES = 1 << 20
 class TarMember:
     """An image inside a tar file, which is opened whenever it is read.
 
-    Opening costs little beside decoding, and so no worker process has to share an open file with another. ``written`` is
-    when the tar file was last changed, in nanoseconds.
+    Opening costs little beside decoding, and so no worker process has to share an open file with another. ``written``
+    is when the tar file was last changed, in nanoseconds.
     """
 
     shard: Path

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 
 from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of, split_batch, to_device
+from planish.network.faults import BadBatch, fault_in, going_through
 from planish.training import checkpoint
 from planish.training.engine import begin_epoch, equalize_buffers, make_accelerator, make_optimizer, step_seed
 from planish.training.ingredients import Ingredient
@@ -94,7 +95,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class TrainingFailed(PlanishError):
-    """The loss became NaN or infinite; ``state_dict`` holds the last good weights, also restored in the model."""
+    """The loss became NaN or infinite, or a batch was of no use.
+
+    ``state_dict`` holds the last good weights, which are also restored in the model.
+    """
 
     def __init__(self, message: str, state_dict: dict[str, Tensor]) -> None:
         super().__init__(message)
@@ -126,7 +130,8 @@ def train(
 
     Raises:
         PlanishError: there is nothing to train on or nothing to minimise, or the checkpoint is of no use.
-        TrainingFailed: the loss is no longer finite; the model holds the last good weights.
+        TrainingFailed: the loss is no longer finite, or a batch holds NaN, infinite values, wrong labels or what the
+            model cannot take; the model holds the last good weights.
         Interrupted: ``should_stop`` asked for it.
     """
     if settings.epochs < 0 or not isinstance(loader, Sized):
@@ -175,7 +180,7 @@ def train(
                 raise FloatingPointError("NaN or infinite in the weights")
             good = _snapshot(model)
             saver(run.step)
-    except FloatingPointError as error:
+    except (FloatingPointError, BadBatch) as error:
         run.failed = True
         model.load_state_dict(good, strict=False)
         where = (
@@ -183,9 +188,13 @@ def train(
             if checkpoint_dir is not None and checkpoint.exists(checkpoint_dir)
             else ""
         )
+        what, advice = f"the loss became {error}", f"lower the learning rate ({peak:g})"
+        if isinstance(error, BadBatch):
+            epoch, batch = divmod(run.step, max(1, len(batches)))
+            what, advice = f"batch {batch + 1} of epoch {epoch + 1} {error}", "correct what the loader gives"
         raise TrainingFailed(
-            f"the loss became {error} at step {run.step + 1} of {run.steps}: training stopped and the last good "
-            f"weights were kept{where}; lower the learning rate ({peak:g}) or look for bad values in the images",
+            f"{what} at step {run.step + 1} of {run.steps}: training stopped and the last good weights were kept"
+            f"{where}; {advice}",
             good,
         ) from None
     except BaseException:
@@ -205,6 +214,7 @@ class Stepper:
     def __init__(self, run: Run, optimizer: Any, peak: float, ingredients: list[Ingredient]) -> None:
         self.run, self.optimizer, self.peak, self.ingredients = run, optimizer, peak, ingredients
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
+        self.fault: str | None = None  # of the batch at hand
 
     def set_modes(self) -> None:
         """Training mode, but for BatchNorm if the settings freeze it."""
@@ -221,12 +231,15 @@ class Stepper:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("share", 1.0)
         inputs, labels = split_batch(to_device(batch, run.accelerator.device))
+        self.fault = fault_in(inputs)
         for ingredient in self.ingredients:
             ingredient.before_step(run, inputs, labels)
         compute: Callable[[], Tensor] = functools.partial(self._compute, inputs, labels)
         for ingredient in reversed(self.ingredients):
             compute = functools.partial(ingredient.around, run, compute)
         loss = compute().item()
+        if self.fault is not None:
+            raise BadBatch(self.fault)
         if not math.isfinite(loss):
             raise FloatingPointError(loss)
         if run.settings.clip_norm is not None:
@@ -240,7 +253,8 @@ class Stepper:
     def _compute(self, inputs: Any, labels: Tensor | None) -> Tensor:
         run = self.run
         with run.accelerator.autocast():
-            logits = logits_of(call_model(run.wrapped, inputs)).float()
+            with going_through(inputs):
+                logits = logits_of(call_model(run.wrapped, inputs)).float()
             given = [ingredient.loss(run, inputs, labels, logits) for ingredient in self.ingredients]
         terms = [term for term in given if term is not None]
         if not terms:
@@ -248,7 +262,7 @@ class Stepper:
                 "there is nothing to minimise: give the training a task loss, a distillation or another term"
             )
         loss = torch.stack(terms).sum()
-        shown = loss.detach()
+        shown = loss.detach() if self.fault is None else torch.full_like(loss.detach(), math.nan)
         if run.accelerator.num_processes > 1:
             # all processes go on, or none does: one that stopped alone would leave the others waiting
             shown = run.accelerator.reduce(shown, "mean")
