@@ -73,9 +73,9 @@ def label_fault(labels: Any, logits: Tensor) -> str | None:
     return None
 
 
-def range_fault(labels: Tensor, classes: int) -> str | None:
+def range_fault(labels: Any, classes: int) -> str | None:
     """Whether class numbers lie outside 0 to ``classes - 1``; on an accelerator it waits for them."""
-    if labels.dim() != 1 or labels.is_floating_point() or not len(labels):
+    if not isinstance(labels, Tensor) or labels.dim() != 1 or labels.is_floating_point() or not len(labels):
         return None
     least, most = (int(value) for value in labels.aminmax())
     if least >= 0 and most < classes:
