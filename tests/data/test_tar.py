@@ -38,7 +38,6 @@ def test_names_that_lead_elsewhere_are_only_names(tmp_path):
     members = {}
     for i, name in enumerate(names * 2):
         members[f"{i % 2}{name}.png" if name != ".." else f"{i % 2}/../c{i}.png"] = encoded(i)
-    members = {name: data for name, data in members.items()}
     labels = {name.rpartition(".png")[0] + ".cls": str(i % 2).encode() for i, name in enumerate(members)}
     shard = write_tar(place / "t.tar", {**members, **labels})
     before = sorted(os.walk(tmp_path))

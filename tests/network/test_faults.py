@@ -99,7 +99,7 @@ def test_evaluating_names_the_batch(name):
 
 @pytest.mark.parametrize("name", RANGE)
 def test_evaluating_refuses_labels_that_are_no_class(name):
-    with pytest.raises(PlanishError, match="a label is (7|-1), but the model has 3 classes"):
+    with pytest.raises(PlanishError, match=r"a label is (7|-1), but the model has 3 classes"):
         planish.evaluate(model(), spoilt(RANGE[name][0]))
 
 
