@@ -1,8 +1,8 @@
 """Ask a public service for advisories about the installed packages (pip-audit): `make audit`.
 
 Exits with 1 for an advisory that .ci/audit-ignore.txt does not acknowledge with a reason. Where the service cannot be
-reached, or knows none of the packages, it says that nothing was audited and exits with 0: a machine without a network is
-no fault of the packages.
+reached, or knows none of the packages, it says that nothing was audited and exits with 0: a machine without a network
+is no fault of the packages.
 """
 
 from __future__ import annotations

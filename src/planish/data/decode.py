@@ -7,11 +7,12 @@ import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from PIL import Image
 
@@ -23,6 +24,9 @@ from planish.preprocessing import Preprocessing
 MAX_BYTES = 1 << 29
 """What is larger than this is no image within Pillow's limit of 89 million pixels, not even with 16 bits a channel."""
 _CHUNK = 4096
+_TOGETHER = 16
+
+T = TypeVar("T")
 
 
 class Encoded(Protocol):
@@ -95,28 +99,18 @@ def check_images(
         cache: what is known of images that were decoded before and are the same by their stamp.
     """
 
-    def attempt(source: Encoded, known: Scanned | None) -> str | Scanned:
-        try:
-            if known is not None:
-                check_resized(known.width, known.height, preprocessing)
-                return known
-            data = read_encoded(source)
-            image = _decoded(data, preprocessing)
-        except Exception as error:  # decoders raise a zoo: OSError, SyntaxError, struct.error, EOFError, ...
-            return reason_of(error)
-        return Scanned(hashlib.blake2b(data, digest_size=16).digest(), image.width, image.height)
-
     checked, total, done = Checked(), len(sources), 0
     threads = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")  # about metadata and sizes: what matters is found by decoding
         for start in _starts(total):  # a million tasks at once would fill the memory with their futures
             part = sources[start : start + _CHUNK]
-            keys = [None] * len(part) if cache is None else list(pool.map(key_of, part))
+            keys = [None] * len(part) if cache is None else list(_each(pool, part, key_of))
             known = {} if cache is None else cache.look_up(keys)
             fresh: dict[bytes, Scanned] = {}
-            found = pool.map(attempt, part, [known.get(key) if key else None for key in keys])
-            for index, (key, result) in enumerate(zip(keys, found, strict=True), start):
+            entries = list(zip(part, keys, strict=True))
+            look = partial(_attempt, preprocessing=preprocessing, known=known)
+            for index, (key, result) in enumerate(zip(keys, _each(pool, entries, look), strict=True), start):
                 done += 1
                 if isinstance(result, str):
                     checked.unreadable[index] = result
@@ -130,6 +124,29 @@ def check_images(
                 cache.add(fresh)
     checked.unreadable = dict(sorted(checked.unreadable.items()))
     return checked
+
+
+def _attempt(
+    entry: tuple[Encoded, bytes | None], preprocessing: Preprocessing, known: Mapping[bytes, Scanned]
+) -> str | Scanned:
+    """Why an image cannot be read, or what it is; by its key, where that is known."""
+    source, key = entry
+    try:
+        if key is not None and key in known:
+            check_resized(known[key].width, known[key].height, preprocessing)
+            return known[key]
+        data = read_encoded(source)
+        image = _decoded(data, preprocessing)
+    except Exception as error:  # decoders raise a zoo: OSError, SyntaxError, struct.error, EOFError, ...
+        return reason_of(error)
+    return Scanned(hashlib.blake2b(data, digest_size=16).digest(), image.width, image.height)
+
+
+def _each(pool: ThreadPoolExecutor, items: Sequence[Any], function: Callable[[Any], T]) -> Iterator[T]:
+    """``function`` of each item in order, some at a time: a task costs as much as looking up an image that is known."""
+    slices = [items[start : start + _TOGETHER] for start in range(0, len(items), _TOGETHER)]
+    for results in pool.map(lambda some: [function(item) for item in some], slices):
+        yield from results
 
 
 def _starts(total: int) -> Iterator[int]:

@@ -21,7 +21,7 @@ from planish.images import reversed_channels
 from planish.models.preprocessing import Preprocessing
 
 MAX_REPLACED = 100
-"""Training images that may become unreadable while they are in use."""
+"""Training images that may become unreadable while they are in use (1 % where that is more, and 5 % of few)."""
 _PAUSE = 1.0  # seconds before a second attempt: a file system in the network may be away for a moment
 
 
@@ -124,7 +124,7 @@ class EncodedImages(Dataset[tuple[Tensor, int]]):
             except PlanishError as error:
                 self._lost[other] = True
                 lost = int(self._lost.sum())
-                if lost > min(MAX_REPLACED, max(1, len(self) // 20)):
+                if lost > min(max(MAX_REPLACED, len(self) // 100), max(1, len(self) // 20)):
                     raise PlanishError(
                         f"{lost} of {len(self)} training images can no longer be read: {error}"
                     ) from error

@@ -17,6 +17,8 @@ from planish.errors import PlanishError
 from planish.preprocessing import Preprocessing
 
 MAX_BAD = 100
+MAX_SHARE = 0.01
+"""Of the images of a large source: it may have more bad ones than :data:`MAX_BAD`."""
 TEST_FRACTION = 0.2
 TEST_NAMES = ("val", "validation", "valid", "test")
 """What the split to measure on may be called; the first that is there counts."""
@@ -79,17 +81,17 @@ def drop_unreadable(
     root: Path,
     limit_bad: float,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[str], dict[Encoded, bytes]]:
+) -> tuple[list[str], dict[Encoded, bytes], dict[str, str]]:
     """Decode all images of the listings, take the bad ones out of them and describe these.
 
     Of a source with many images, those that were decoded before and did not change since are not decoded again.
 
     Returns:
-        the notes, and the hash of the encoded bytes of every image that is left.
+        the notes, the hash of the encoded bytes of every image that is left, and the reason for each that is not.
 
     Raises:
-        PlanishError: when more than ``limit_bad`` (a fraction) of the images or more than 100 are bad, or when a class
-            is left without images.
+        PlanishError: when more than ``limit_bad`` (a fraction) of the images are bad, or more than 100 (1 % where that
+            is more), or when a class is left without images.
     """
     samples = [sample for listing in listings for sample in listing]
     samples.sort(key=lambda sample: getattr(sample, "place", ()))  # stable: without places the order stays
@@ -103,13 +105,15 @@ def drop_unreadable(
     digests = {samples[i]: digest for i, digest in checked.digests.items()}
     bad = {samples[i]: reason for i, reason in checked.unreadable.items()}
     if not bad:
-        return notes, digests
-    named = enumerated([f"{_short(sample, root)} ({reason})" for sample, reason in bad.items()])
+        return notes, digests, {}
+    reasons = {_short(sample, root): reason for sample, reason in bad.items()}
+    named = enumerated([f"{name} ({reason})" for name, reason in reasons.items()])
+    most = max(MAX_BAD, int(MAX_SHARE * len(samples)))
     count = len(checked.unreadable)
-    if count > MAX_BAD or count > limit_bad * len(samples):
+    if count > most or count > limit_bad * len(samples):
         raise PlanishError(
             f"{root}: {count} of {len(samples)} images cannot be read, more than the {limit_bad:.0%} "
-            f"(at most {MAX_BAD}) that are skipped; repair or remove them: "
+            f"(at most {most}) that are skipped; repair or remove them: "
             f"{named}"
         )
     for listing in listings:
@@ -117,7 +121,7 @@ def drop_unreadable(
             listing.files[name] = [sample for sample in found if sample not in bad]
             if found and not listing.files[name]:
                 raise PlanishError(f"{listing.root}: no image of the class {name!r} can be read: {named}")
-    return [f"{count} of {len(samples)} images could not be read and were skipped: {named}", *notes], digests
+    return [f"{count} of {len(samples)} images could not be read and were skipped: {named}", *notes], digests, reasons
 
 
 def split_listing(listing: Listing, seed: int) -> tuple[Listing, Listing]:

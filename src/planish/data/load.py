@@ -30,7 +30,8 @@ _CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Sh
 class ImageData:
     """Two splits of labelled images. The data sets give (float32 image (C, H, W), normalized; int label).
 
-    ``notes`` are sentences for the user: what was skipped, split or resized; ``content`` is a hash of all images.
+    ``notes`` are sentences for the user: what was skipped, split or resized; ``content`` is a hash of all images,
+    ``skipped`` says why each image that was left out cannot be read.
     """
 
     train: Dataset[Any]
@@ -40,6 +41,7 @@ class ImageData:
     train_labels: list[int]
     notes: list[str] = field(default_factory=list)
     content: str = ""
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def load_data(
@@ -64,7 +66,7 @@ def load_data(
         preprocessing: the model's; decides size, channels and normalization.
         seed: for the split and the augmentation.
         augment: whether ``train`` is augmented; :func:`make_loader` can also decide it for one loader.
-        limit_bad: the fraction of unreadable images that is skipped with a note; never more than 100.
+        limit_bad: the fraction of unreadable images that is skipped with a note; never more than 100, or 1 % of many.
         progress: called as ``progress(done, total)`` while the images are checked.
 
     Raises:
@@ -74,7 +76,9 @@ def load_data(
         return _load_embedded(preprocessing, seed=seed, augment=augment)
     found = find_images(source)
     root, train, test = found.root, found.train, found.test
-    notes, digests = drop_unreadable(found.listings, preprocessing, root=root, limit_bad=limit_bad, progress=progress)
+    notes, digests, skipped = drop_unreadable(
+        found.listings, preprocessing, root=root, limit_bad=limit_bad, progress=progress
+    )
     notes += found.notes
     if test is None:
         train, test = split_listing(train, seed)
@@ -89,6 +93,7 @@ def load_data(
         train_labels=labels,
         notes=notes,
         content=hash_of([train, test], digests),
+        skipped=skipped,
     )
 
 

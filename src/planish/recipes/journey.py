@@ -65,6 +65,8 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, console: Console 
             material = prepare(config, console)
             settings = {**flat_dict(config), **material.fingerprint()}
             on_main(lambda: folder.write_config(settings))
+            if material.data.skipped:
+                folder.log({"event": "images skipped", "reasons": material.data.skipped})
         except BaseException:
             if folder.active and not resume:
                 shutil.rmtree(folder.partial, ignore_errors=True)
@@ -258,7 +260,7 @@ class _Journey:
             "in_float": ", ".join((IN_FLOAT, *config.quantize.allow)),
             "seed": config.models.seed, "batch_size": config.models.batch_size, "threads": config.models.threads,
             "processes": processes if processes > 1 else None, "device": str(self.material.device),
-            "seconds_training": self.seconds or None, **self.replaced,
+            "seconds_training": self.seconds or None, "images_skipped": len(data.skipped) or None, **self.replaced,
         }  # fmt: skip
 
     @cached_property
