@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUN_ARGS ?=
 
-.PHONY: run test lint clean help
+.PHONY: run test lint audit clean help
 
 help:
 	@echo "make run    set up .venv and run the whole journey on the embedded data (RUN_ARGS='--model convnet')"
 	@echo "make test   set up .venv, check style and types, run the tests"
 	@echo "make lint   style and types only"
+	@echo "make audit  ask for advisories about the installed packages (needs the network, else it says so)"
 	@echo "make clean  remove .venv and caches"
 
 $(STAMP): pyproject.toml
@@ -30,6 +31,9 @@ lint: $(STAMP)
 # one thread a worker: two torch threads on a busy core are slower than one
 test: lint
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+
+audit: $(STAMP)
+	$(BIN)/python scripts/audit.py
 
 clean:
 	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache

@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of, split_batch, to_device
+from planish.network.faults import BadBatch, going_through, label_fault, sound
 from planish.network.modes import evaluating
 from planish.training.engine import make_accelerator
 
@@ -44,7 +45,8 @@ def evaluate(
         one), ``images`` and ``seconds``.
 
     Raises:
-        PlanishError: the loader is empty or yields no labels, or a label is outside the model's classes.
+        PlanishError: the loader is empty or yields no labels, a batch holds NaN or what the model cannot take, or a
+            label is outside the model's classes.
     """
     logits, labels, seconds = predict(model, loader, accelerator=accelerator, progress=progress)
     other: Tensor | None = reference if isinstance(reference, Tensor) else None
@@ -103,11 +105,11 @@ def predict(
     began = time.perf_counter()
     all_logits, all_labels = [], []
     with evaluating(model):
-        for i, batch in enumerate(prepared):
+        for i, batch in enumerate(sound(prepared, "evaluation")):
             inputs, labels = split_batch(to_device(batch, accelerator.device))
             if labels is None:
                 raise PlanishError("evaluation needs labels, but the loader yields images only")
-            logits = logits_of(call_model(model, inputs)).float()
+            logits = _logits(model, inputs, labels, i + 1)
             if shared:
                 logits, labels = accelerator.gather_for_metrics((logits, labels))
             all_logits.append(logits.cpu())
@@ -117,3 +119,15 @@ def predict(
     if not all_logits:
         raise PlanishError("the loader to evaluate on yields no batch: give it at least one image")
     return torch.cat(all_logits), torch.cat(all_labels), time.perf_counter() - began
+
+
+def _logits(model: nn.Module, inputs: Any, labels: Tensor, number: int) -> Tensor:
+    """The logits of one batch, whose labels belong to them; raises an error that names the batch."""
+    try:
+        with going_through(inputs):
+            logits = logits_of(call_model(model, inputs)).float()
+        if (fault := label_fault(labels, logits)) is not None:
+            raise BadBatch(fault)
+    except BadBatch as error:
+        raise PlanishError(f"batch {number} of the evaluation loader {error}") from error
+    return logits

@@ -9,24 +9,30 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from planish.errors import PlanishError
+from planish.preprocessing import Preprocessing, resized_size
+
+FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
+"""Pillow's names of the only formats that are opened, whatever a file is called. Pillow knows thirty others, and one of
+them (EPS) runs another program."""
 EXTENSIONS = frozenset((".png", ".jpg", ".jpeg", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".gif"))
 
 
-def decode(source: Path | BinaryIO, channels: int, formats: tuple[str, ...] | None = None) -> Image.Image:
+def decode(source: Path | BinaryIO, channels: int) -> Image.Image:
     """The image as mode "L" (1 channel) or "RGB" (3), upright as its EXIF orientation says.
 
     16-bit and float images are brought to 8 bits, an alpha channel is dropped, of an animation the first frame counts.
 
     Args:
         source: a file's path, or an open binary file.
-        formats: Pillow's names of the formats that are tried; default: all that it knows.
 
     Raises:
-        OSError, SyntaxError, ValueError: from Pillow, for what is no image or is truncated.
+        OSError, SyntaxError, ValueError: from Pillow, for what is no image of :data:`FORMATS`, is truncated, or holds
+            text or a colour profile that unpacks to more than 1 MiB.
         PIL.Image.DecompressionBombError: for more than ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (Pillow itself only warns
             up to twice as many).
     """
-    with Image.open(source, formats=formats) as file:
+    with Image.open(source, formats=FORMATS) as file:
         limit = Image.MAX_IMAGE_PIXELS
         if limit is not None and file.width * file.height > limit:
             raise Image.DecompressionBombError(
@@ -34,6 +40,20 @@ def decode(source: Path | BinaryIO, channels: int, formats: tuple[str, ...] | No
             )
         file.load()
         return _eight_bits(ImageOps.exif_transpose(file)).convert("L" if channels == 1 else "RGB")
+
+
+def check_resized(width: int, height: int, preprocessing: Preprocessing) -> None:
+    """Raise PlanishError for an image so long and narrow that it would be resized beyond Pillow's limit, or to no line.
+
+    One of 30,000 x 1 pixels would become one of 7,680,000 x 256, of which the network sees the middle.
+    """
+    rows, columns = resized_size(height, width, preprocessing)
+    limit = Image.MAX_IMAGE_PIXELS
+    if (limit is not None and rows * columns > limit) or rows < 1 or columns < 1:
+        more = "without a line" if rows < 1 or columns < 1 else f"more than the limit of {limit}"
+        raise PlanishError(
+            f"an image of {width} x {height} pixels would be resized to {columns} x {rows}, {more}: cut it"
+        )
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:

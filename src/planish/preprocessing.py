@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -101,3 +102,22 @@ def _is(key: str, value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e9  # nor NaN
+
+
+def resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
+    """(height, width) that an image is resized to before its centre is cropped.
+
+    ``squash`` takes both sides to ``size / crop_pct``, ``border`` fits the image inside, ``center`` covers it. With
+    square models timm leaves ``center`` to torchvision, which rounds the longer side down; otherwise it rounds to the
+    nearest.
+    """
+    rows, columns = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:])
+    ratios = (height / rows, width / columns)
+    if preprocessing.crop_mode == "squash":
+        return rows, columns
+    if preprocessing.crop_mode == "border":
+        return round(height / max(ratios)), round(width / max(ratios))
+    if rows != columns:
+        return round(height / min(ratios)), round(width / min(ratios))
+    longer = int(rows * max(height, width) / min(height, width))
+    return (longer, rows) if width <= height else (rows, longer)

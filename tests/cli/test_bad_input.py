@@ -119,6 +119,31 @@ def test_a_few_broken_images_are_named_and_skipped(tiny, shared, planish, tmp_pa
     ended = planish("run", *tiny, *RUN, "--data", "data")
     assert ended.status == 0, ended.err
     assert "note: 1 of 60 images could not be read and were skipped: class1/3.png" in ended.out
+    assert json.loads(Path("run/results.json").read_text())["protocol"]["images_skipped"] == 1
+    events = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert [list(event["reasons"]) for event in events if event["event"] == "images skipped"] == [["class1/3.png"]]
+
+
+def test_an_image_that_vanishes_in_a_run_is_told_and_the_run_goes_on(tiny, shared, planish, tmp_path, monkeypatch):
+    import planish.recipes.journey as journey
+
+    shutil.copytree(shared / "data", tmp_path / "data")
+    real, gone = journey.train_arm, []
+
+    def vanishing(material, *arguments, **options):
+        used = set(material.calibration.dataset.dataset.indices)  # what calibrates has to stay
+        gone.append(next(sample for i, sample in enumerate(material.data.train.samples) if i not in used))
+        gone[0].unlink()
+        return real(material, *arguments, **options)
+
+    monkeypatch.setattr(journey, "train_arm", vanishing)
+    arguments = ["--arms", "tuned", "--epochs", "1", "--calibration-images", "6", "--data", "data"]
+    with pytest.warns(UserWarning, match="another image of its class takes its place"):
+        ended = planish("run", *tiny, *RUN, *arguments)
+    assert ended.status == 0, ended.err
+    assert f"note: 1 training images could not be read any more, and others of their class took their place: {gone[0]}"\
+        in ended.out  # fmt: skip
+    assert json.loads(Path("run/results.json").read_text())["protocol"]["images_replaced"] == 1
 
 
 def test_models(tiny, shared, planish):
@@ -239,5 +264,5 @@ def test_a_disk_that_fills_up_leaves_what_was_done(tiny, planish, monkeypatch, w
     with monkeypatch.context() as patch:
         patch.setattr(journey, writer, full)
         refused(planish("run", *tiny, *RUN), "somewhere: No space left on device", "kept")
-    ended = planish("run", "--resume", "--out", "run")
+    ended = planish("run", "--resume", "--out", "run", "--trust")
     assert ended.status == 0, ended.err

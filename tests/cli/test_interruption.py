@@ -55,7 +55,7 @@ def test_a_stopped_run_resumes_to_the_identical_result(zygote, options, tmp_path
         assert "continue with: planish run --resume --out run" in ended.err
     assert not (tmp_path / "run").exists()
     assert (tmp_path / ".run.partial").is_dir()
-    ended = zygote.run(tmp_path, ["run", "--resume", "--out", "run"])
+    ended = zygote.run(tmp_path, ["run", "--resume", "--out", "run", "--trust"])
     assert ended.status == 0, ended.err
     assert outcome(tmp_path / "run") == undisturbed
     assert not (tmp_path / "run" / "checkpoint").exists()

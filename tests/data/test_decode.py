@@ -8,6 +8,9 @@ from PIL import Image
 
 from planish.data import decode
 from planish.data.decode import check_images, read_image
+from planish.models import Preprocessing
+
+P = Preprocessing((3, 8, 8), crop_pct=1.0)
 
 
 def test_unreadable_files_are_found_and_progress_is_told(tmp_path, monkeypatch):
@@ -22,7 +25,7 @@ def test_unreadable_files_are_found_and_progress_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9_999)
     told = []
     paths = [good, cut_png, cut_jpg, text, bomb, tmp_path / "absent.png", tmp_path]
-    checked = check_images(paths, 3, lambda *seen: told.append(seen))
+    checked = check_images(paths, P, lambda *seen: told.append(seen))
     bad = checked.unreadable
     assert sorted(bad) == [1, 2, 3, 4, 5, 6]
     assert "9999" in bad[4]
@@ -35,10 +38,10 @@ def test_unreadable_files_are_found_and_progress_is_told(tmp_path, monkeypatch):
 def test_what_is_too_large_is_not_read(tmp_path, monkeypatch):
     path = tmp_path / "large.png"
     Image.new("L", (9, 9)).save(path)
-    assert read_image(path, 3).mode == "RGB"
+    assert read_image(path, P).mode == "RGB"
     monkeypatch.setattr(decode, "MAX_BYTES", 10)
     with pytest.raises(ValueError, match="more than the limit of 10"):
-        read_image(path, 3)
+        read_image(path, P)
 
 
 def test_many_images_are_checked_in_parts(tmp_path, monkeypatch):
@@ -48,7 +51,7 @@ def test_many_images_are_checked_in_parts(tmp_path, monkeypatch):
         Image.new("L", (i + 1, 1)).save(path)
     paths[4].write_bytes(b"")
     told = []
-    checked = check_images(paths, 1, lambda *seen: told.append(seen))
+    checked = check_images(paths, P, lambda *seen: told.append(seen))
     assert list(checked.unreadable) == [4]
     assert sorted(checked.digests) == [0, 1, 2, 3, 5, 6, 7]
     assert told == [(8, 8)]

@@ -158,3 +158,19 @@ def test_the_command_imports_neither_torch_nor_what_brings_it(model, tmp_path):
     assert done.stderr == ""
     assert done.stdout.splitlines()[1:] == ["0 []"]
     assert done.stdout.startswith(f"{tmp_path / 'a.png'}: light ")
+
+
+@pytest.mark.parametrize("where", ["../secret.bin", "absolute"])
+def test_tensors_outside_the_models_folder_are_refused(tmp_path, where):
+    card = tiny_card()
+    model, values = tiny_model(card), weights(card)
+    (tmp_path / "secret.bin").write_bytes(values.tobytes())
+    tensor = model.graph.initializer[0]
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    location = where if where != "absolute" else str(tmp_path / "secret.bin")
+    for key, value in (("location", location), ("offset", "0"), ("length", str(values.nbytes))):
+        tensor.external_data.add(key=key, value=value)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "m.onnx").write_bytes(model.SerializeToString())
+    refuse(tmp_path / "in" / "m.onnx", "External data path")

@@ -143,3 +143,11 @@ def test_a_header_length_that_looks_like_another_format(tmp_path, header_length)
     state, metadata = read_weights(path)
     assert state["a"].item() == 1.0
     assert metadata == {"k": "v"}
+
+
+def test_a_link_that_waits_under_the_temporary_name_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_bytes(b"kept")
+    (tmp_path / f".w.safetensors.{os.getpid()}.tmp").symlink_to(tmp_path / "precious")
+    save_weights({"a": torch.ones(2)}, tmp_path / "w.safetensors")
+    assert (tmp_path / "precious").read_bytes() == b"kept"
+    assert not (tmp_path / "w.safetensors").is_symlink()

@@ -89,5 +89,5 @@ def test_one_process_comes_to_the_same_result(printed, folder, monkeypatch):
 
 def test_another_number_of_processes_does_not_continue_it(printed, folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    assert main(["run", "--resume", "--out", "left"]) == 2
+    assert main(["run", "--resume", "--out", "left", "--trust"]) == 2
     assert "cannot resume with other settings (processes was 2, is unset)" in capsys.readouterr().err

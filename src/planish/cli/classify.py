@@ -9,7 +9,7 @@ from pathlib import Path
 
 from planish.cli.options import Classify
 from planish.deploy.classify import Answer, Classifier
-from planish.errors import PlanishError
+from planish.errors import PlanishError, printable
 from planish.images import list_images
 
 
@@ -61,8 +61,3 @@ def _line(image: Path, answer: Answer, top: int) -> str:
 def _json(image: Path, answer: Answer, top: int) -> str:
     answers = [{"label": label, "probability": probability} for label, probability in answer.top(top)]
     return json.dumps({"image": str(image), "answers": answers, "milliseconds": round(answer.milliseconds, 4)})
-
-
-def printable(text: str) -> str:
-    """The text with control characters spelled out: a file's name or a label must not command the terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "backslashreplace").decode() for c in text)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from planish.cli.options import Diagnose
-from planish.cli.resume import fresh_name
+from planish.cli.resume import check_trust, fresh_name, trusting
 from planish.errors import PlanishError
 from planish.models.huggingface import is_huggingface
 from planish.recipes.config import DiagnosisConfig, ModelOptions, RunConfig, flat_dict, from_flat_dict
@@ -52,6 +52,7 @@ def _run_folder(command: Diagnose, config: DiagnosisConfig) -> None:
         raise PlanishError(
             f"{folder.path('config.toml')} lacks the setting {error}: is this a run of planish?"
         ) from None
+    check_trust(command.network, began.models.model, config.models.model, command.trust)
     config = check_diagnosis(replace(config, models=began.models, allow=began.quantize.allow))
     arms = [arm for arm in began.arms if folder.path(f"{arm}.safetensors").exists()]
     if not arms:
@@ -64,7 +65,7 @@ def _run_folder(command: Diagnose, config: DiagnosisConfig) -> None:
     try:
         results = diagnose(config, networks, folder, console=console)
     except KeyboardInterrupt:
-        again = shlex.join(["planish", "diagnose", command.network])
+        again = shlex.join(["planish", "diagnose", command.network, *trusting(config.models.model)])
         raise KeyboardInterrupt(f"interrupted; what was done is kept, the same command goes on: {again}") from None
     _conclude(results, folder.final, console)
 
@@ -81,7 +82,8 @@ def _model(command: Diagnose, config: DiagnosisConfig) -> None:
             raise PlanishError(f"--against {path}: no such file; give weights of the same network (planish flatten)")
     folder = RunFolder.open(out, command.resume)
     if command.resume and (values := folder.read_config()):
-        config = from_flat_dict(DiagnosisConfig, values)
+        named, config = config.models.model, from_flat_dict(DiagnosisConfig, values)
+        check_trust(out, config.models.model, named, command.trust)
         against = set(values.get("against", ()))
     networks: dict[str, Path | None] = {"given": None}
     for path in map(Path, sorted(against)):
@@ -95,7 +97,7 @@ def _model(command: Diagnose, config: DiagnosisConfig) -> None:
             shutil.rmtree(folder.partial, ignore_errors=True)
         raise
     except KeyboardInterrupt:
-        again = shlex.join(["planish", "diagnose", "--resume", "--out", str(out)])
+        again = shlex.join(["planish", "diagnose", "--resume", "--out", str(out), *trusting(config.models.model)])
         raise KeyboardInterrupt(f"interrupted; what was done is kept, continue with: {again}") from None
     _conclude(results, folder.finish(), console)
 

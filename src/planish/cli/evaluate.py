@@ -12,6 +12,7 @@ from planish.errors import PlanishError
 from planish.evaluation import evaluate, predict
 from planish.models import EMBEDDED_MODELS, check_classes, load_model
 from planish.recipes.check import check_models
+from planish.recipes.material import watch_images
 from planish.recipes.processes import make_console
 from planish.recipes.session import free_cores, say
 
@@ -42,7 +43,7 @@ def execute(command: Evaluate) -> None:
         loaded = load_model(options.model, weights=command.file or options.weights, trust=True)
         model, name, preprocessing = loaded.model, "", loaded.preprocessing
         say(console, f"{command.file or options.weights or 'its own weights'}: {loaded.name} in float")
-    data = load_data(options.data, preprocessing, seed=options.seed)
+    data = load_data(options.data, preprocessing, seed=options.seed, progress=watch_images(console))
     for note in data.notes:
         say(console, f"note: {note}")
     check_classes(model, data)

@@ -21,6 +21,7 @@ from planish.deploy.onnx.runtime import milliseconds, quantize_static
 from planish.errors import PlanishError
 from planish.models import Preprocessing, check_classes, classes_of, load_model
 from planish.network import detach
+from planish.recipes.material import watch_images
 from planish.recipes.processes import make_console
 from planish.recipes.session import free_cores, say
 
@@ -36,7 +37,7 @@ def execute(command: Export) -> None:
     console = make_console()
     torch.set_num_threads(free_cores())
     model, looks, classes = _network(command)
-    data = load_data(command.data, looks, seed=command.seed)
+    data = load_data(command.data, looks, seed=command.seed, progress=watch_images(console))
     for note in data.notes:
         say(console, f"note: {note}")
     check_classes(model, data)

@@ -14,7 +14,7 @@ from planish.recipes.check import check_models, check_training
 from planish.recipes.config import RunConfig, flat_dict
 from planish.recipes.estimate import plain_step, tell, worth_it
 from planish.recipes.kept import Kept
-from planish.recipes.material import prepare
+from planish.recipes.material import prepare, tell_replaced
 from planish.recipes.processes import count_processes, is_main, make_console, on_main
 from planish.recipes.session import free_cores, say, stoppable
 from planish.recipes.trained import train_arm
@@ -53,6 +53,7 @@ def execute(command: Flatten) -> None:
                 stop=stop, progress=work.at, last_good=kept.last_good,
             )  # fmt: skip
             work.end()
+        tell_replaced(material, console)
         if is_main():
             save_weights(flat, command.out, {"format": "pt"})
     kept.drop()

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from planish.errors import PlanishError
+from planish.errors import PlanishError, printable
 
 INTERRUPTED = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -90,7 +90,7 @@ def _as_options(message: str) -> str:
 def _fail(message: str, status: int = 2) -> int:
     rank = int(os.environ.get("RANK", "0"))  # of the processes of `accelerate launch`; Ctrl-C reaches all of them
     if not (rank and status == INTERRUPTED):
-        print(f"planish{f' (process {rank})' if rank else ''}: {message}", file=sys.stderr)
+        print(f"planish{f' (process {rank})' if rank else ''}: {printable(message)}", file=sys.stderr)
     return status
 
 

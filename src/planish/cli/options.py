@@ -27,6 +27,8 @@ class Run(RunConfig):
     """folder of this run; default: runs/MODEL-DATE-TIME"""
     resume: bool = False
     """continue the interrupted run in --out (default: the newest one) to the identical result, with its options"""
+    trust: bool = False
+    """with --resume: run the Python file that the interrupted run names as its model"""
 
     def __post_init__(self) -> None:
         for name in ("arms", "schemes", "methods", "prepare"):
@@ -129,6 +131,8 @@ class Diagnose(DiagnosisConfig):
     """folder of the results; default: runs/diagnose-MODEL-DATE-TIME"""
     resume: bool = False
     """continue the interrupted diagnosis in --out to the identical result, with its options"""
+    trust: bool = False
+    """with --resume or the folder of a run: run the Python file that it names as its model"""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "schemes", separate(self.schemes))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from planish.cli.options import Run
 from planish.errors import PlanishError
+from planish.models.foreign import split_file_name
 from planish.recipes.config import RunConfig, from_flat_dict
 from planish.report.folder import RunFolder
 
@@ -24,7 +25,27 @@ def as_it_began(command: Run) -> Run:
         config = from_flat_dict(RunConfig, values)
     except KeyError as error:
         raise PlanishError(f"{out}: its config.toml lacks the setting {error}, so it cannot be resumed") from None
+    check_trust(out, config.models.model, command.models.model, command.trust)
     return Run(**{item.name: getattr(config, item.name) for item in fields(RunConfig)}, out=out)
+
+
+def check_trust(folder: Path | str, found: str, named: str, trust: bool) -> None:
+    """Raise PlanishError for the settings of a folder that name a Python file, which nobody has asked to run.
+
+    Args:
+        found: the model that the settings name.
+        named: the model that the command names; a name that a user types is a request.
+    """
+    if split_file_name(found) is not None and found != named and not trust:
+        raise PlanishError(
+            f"{folder} names the model {found}, whose Python code would be run: "
+            f"allow it with trust=True if you trust that file"
+        )
+
+
+def trusting(model: str) -> list[str]:
+    """What has to be added to a command that goes on with a run of this model."""
+    return ["--trust"] if split_file_name(model) is not None else []
 
 
 def newest_interrupted() -> Path:

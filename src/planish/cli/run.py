@@ -6,7 +6,7 @@ import shlex
 from dataclasses import fields
 
 from planish.cli.options import Run
-from planish.cli.resume import fresh_name
+from planish.cli.resume import fresh_name, trusting
 from planish.recipes.config import RunConfig
 from planish.recipes.journey import run
 from planish.recipes.processes import on_main
@@ -22,5 +22,5 @@ def execute(command: Run) -> None:
     except KeyboardInterrupt:
         if not RunFolder(out).partial.exists():
             raise KeyboardInterrupt("interrupted before anything was done") from None
-        again = shlex.join(["planish", "run", "--resume", "--out", str(out)])
+        again = shlex.join(["planish", "run", "--resume", "--out", str(out), *trusting(command.models.model)])
         raise KeyboardInterrupt(f"interrupted; what was done is kept, continue with: {again}") from None

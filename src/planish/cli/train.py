@@ -24,7 +24,7 @@ from planish.qat.oscillation import oscillation_report
 from planish.recipes.check import check_run
 from planish.recipes.config import ModelOptions, RunConfig, flat_dict
 from planish.recipes.kept import Kept
-from planish.recipes.material import prepare
+from planish.recipes.material import prepare, tell_replaced, watch_images
 from planish.recipes.processes import is_main, make_console, on_main
 from planish.recipes.quantized import QuantizedTraining, check_start, read_start, split_epochs
 from planish.recipes.session import free_cores, say, stoppable
@@ -72,7 +72,8 @@ def execute(command: Train) -> None:
             work.begin("measuring")
             rows = training.measure(trained)
             work.end()
-        protocol = {**_protocol(command, method, training), **found, "rows": rows}
+        lost = tell_replaced(material, console)
+        protocol = {**_protocol(command, method, training), **found, **lost, "rows": rows}
         if not going_on:  # else nobody has measured how long it took in all
             protocol["seconds"] = round(seconds, 1)
         oscillation = _oscillation(training, trained)
@@ -137,7 +138,9 @@ def _unlabelled(command: Train, loaded: LoadedModel, console: Console) -> tuple[
     if command.unlabelled is None:
         return None, {}
     options = command.models
-    images, notes = load_unlabelled(command.unlabelled, loaded.preprocessing, seed=options.seed)
+    images, notes = load_unlabelled(
+        command.unlabelled, loaded.preprocessing, seed=options.seed, progress=watch_images(console)
+    )
     for note in notes:
         say(console, f"note: {note}")
     loader = make_loader(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,9 +12,13 @@ from typing import Any
 import numpy as np
 
 from planish.data.decode import Encoded, check_images
+from planish.data.scanned import ScanCache
 from planish.errors import PlanishError
+from planish.preprocessing import Preprocessing
 
 MAX_BAD = 100
+MAX_SHARE = 0.01
+"""Of the images of a large source: it may have more bad ones than :data:`MAX_BAD`."""
 TEST_FRACTION = 0.2
 TEST_NAMES = ("val", "validation", "valid", "test")
 """What the split to measure on may be called; the first that is there counts."""
@@ -71,34 +76,44 @@ def check_same_classes(root: Path, train: Listing, test: Listing, names: tuple[s
 
 def drop_unreadable(
     listings: Sequence[Listing],
-    channels: int,
+    preprocessing: Preprocessing,
     *,
     root: Path,
     limit_bad: float,
     progress: Callable[[int, int], None] | None,
-) -> tuple[list[str], dict[Encoded, bytes]]:
+) -> tuple[list[str], dict[Encoded, bytes], dict[str, str]]:
     """Decode all images of the listings, take the bad ones out of them and describe these.
 
+    Of a source with many images, those that were decoded before and did not change since are not decoded again.
+
     Returns:
-        the notes, and the hash of the encoded bytes of every image that is left.
+        the notes, the hash of the encoded bytes of every image that is left, and the reason for each that is not.
 
     Raises:
-        PlanishError: when more than ``limit_bad`` (a fraction) of the images or more than 100 are bad, or when a class
-            is left without images.
+        PlanishError: when more than ``limit_bad`` (a fraction) of the images are bad, or more than 100 (1 % where that
+            is more), or when a class is left without images.
     """
     samples = [sample for listing in listings for sample in listing]
     samples.sort(key=lambda sample: getattr(sample, "place", ()))  # stable: without places the order stays
-    checked = check_images(samples, channels, progress)
+    cache = ScanCache.of(root, len(samples))
+    checked = check_images(samples, preprocessing, progress, cache)
+    notes = []
+    if cache is not None:
+        cache.close()
+        if cache.trouble:
+            notes.append(f"{cache.path} cannot be used ({cache.trouble}), so all images are decoded again next time")
     digests = {samples[i]: digest for i, digest in checked.digests.items()}
     bad = {samples[i]: reason for i, reason in checked.unreadable.items()}
     if not bad:
-        return [], digests
-    named = enumerated([f"{_short(sample, root)} ({reason})" for sample, reason in bad.items()])
+        return notes, digests, {}
+    reasons = {_short(sample, root): reason for sample, reason in bad.items()}
+    named = enumerated([f"{name} ({reason})" for name, reason in reasons.items()])
+    most = max(MAX_BAD, int(MAX_SHARE * len(samples)))
     count = len(checked.unreadable)
-    if count > MAX_BAD or count > limit_bad * len(samples):
+    if count > most or count > limit_bad * len(samples):
         raise PlanishError(
             f"{root}: {count} of {len(samples)} images cannot be read, more than the {limit_bad:.0%} "
-            f"(at most {MAX_BAD}) that are skipped; repair or remove them: "
+            f"(at most {most}) that are skipped; repair or remove them: "
             f"{named}"
         )
     for listing in listings:
@@ -106,7 +121,7 @@ def drop_unreadable(
             listing.files[name] = [sample for sample in found if sample not in bad]
             if found and not listing.files[name]:
                 raise PlanishError(f"{listing.root}: no image of the class {name!r} can be read: {named}")
-    return [f"{count} of {len(samples)} images could not be read and were skipped: {named}"], digests
+    return [f"{count} of {len(samples)} images could not be read and were skipped: {named}", *notes], digests, reasons
 
 
 def split_listing(listing: Listing, seed: int) -> tuple[Listing, Listing]:
@@ -127,6 +142,16 @@ def split_listing(listing: Listing, seed: int) -> tuple[Listing, Listing]:
         train.files[name] = [sample for i, sample in enumerate(found) if i not in held]
         test.files[name] = [sample for i, sample in enumerate(found) if i in held]
     return train, test
+
+
+def hash_of(listings: Sequence[Listing], digests: Mapping[Encoded, bytes]) -> str:
+    """16 hex digits that depend on the bytes, the class and the order of every image."""
+    digest = hashlib.blake2b(digest_size=8)
+    for listing in listings:
+        for name, samples in listing.files.items():
+            digest.update(f"{name}|{len(samples)}|".encode("utf-8", "surrogateescape"))
+            digest.update(b"".join(digests[sample] for sample in samples))
+    return digest.hexdigest()
 
 
 def note_overlap(root: Path, train: Listing, test: Listing, digests: Mapping[Encoded, bytes]) -> list[str]:

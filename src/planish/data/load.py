@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from planish.data.arrays import BatchedTensorDataset
 from planish.data.encoded import EncodedImages
 from planish.data.folder import find_folders
-from planish.data.listing import Found, drop_unreadable, note_overlap, split_listing
+from planish.data.listing import Found, drop_unreadable, hash_of, note_overlap, split_listing
 from planish.data.manifest import DELIMITERS, find_listed, find_manifests
 from planish.data.saved import HUB, find_on_hub, find_saved, is_saved
 from planish.data.shards import find_shards, is_shards
@@ -30,7 +30,8 @@ _CLASSES = ["T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Sh
 class ImageData:
     """Two splits of labelled images. The data sets give (float32 image (C, H, W), normalized; int label).
 
-    ``notes`` are sentences for the user: what was skipped, split or resized.
+    ``notes`` are sentences for the user: what was skipped, split or resized; ``content`` is a hash of all images,
+    ``skipped`` says why each image that was left out cannot be read.
     """
 
     train: Dataset[Any]
@@ -39,6 +40,8 @@ class ImageData:
     name: str
     train_labels: list[int]
     notes: list[str] = field(default_factory=list)
+    content: str = ""
+    skipped: dict[str, str] = field(default_factory=dict)
 
 
 def load_data(
@@ -54,7 +57,7 @@ def load_data(
 
     These are in class folders, listed in a CSV file, packed in tar shards, or a data set of Hugging Face ``datasets``,
     saved or by its name on the hub (docs/data.md). Without a split to measure on, 20 % of each class are set aside.
-    Every image is decoded once to find the unreadable ones.
+    Every image is decoded once to find the unreadable ones; of a large source, at the next start only what is new.
 
     Args:
         source: ``DIR`` with ``DIR/train/CLASS/*`` and ``DIR/val/CLASS/*`` (or ``validation``, ``valid``, ``test``, in
@@ -63,7 +66,7 @@ def load_data(
         preprocessing: the model's; decides size, channels and normalization.
         seed: for the split and the augmentation.
         augment: whether ``train`` is augmented; :func:`make_loader` can also decide it for one loader.
-        limit_bad: the fraction of unreadable images that is skipped with a note; never more than 100.
+        limit_bad: the fraction of unreadable images that is skipped with a note; never more than 100, or 1 % of many.
         progress: called as ``progress(done, total)`` while the images are checked.
 
     Raises:
@@ -73,8 +76,8 @@ def load_data(
         return _load_embedded(preprocessing, seed=seed, augment=augment)
     found = find_images(source)
     root, train, test = found.root, found.train, found.test
-    notes, digests = drop_unreadable(
-        found.listings, preprocessing.input_size[0], root=root, limit_bad=limit_bad, progress=progress
+    notes, digests, skipped = drop_unreadable(
+        found.listings, preprocessing, root=root, limit_bad=limit_bad, progress=progress
     )
     notes += found.notes
     if test is None:
@@ -89,6 +92,8 @@ def load_data(
         name=found.name,
         train_labels=labels,
         notes=notes,
+        content=hash_of([train, test], digests),
+        skipped=skipped,
     )
 
 

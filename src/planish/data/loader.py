@@ -53,6 +53,14 @@ class EpochView(Dataset[Any]):
         if hasattr(base, "set_epoch"):
             base.set_epoch(epoch)
 
+    @property
+    def replaced(self) -> list[str]:
+        """The images that could no longer be read and were replaced."""
+        base = self.dataset
+        while isinstance(base, Subset):
+            base = base.dataset
+        return getattr(base, "replaced", [])
+
     def __getitem__(self, index: int) -> Any:
         return self.dataset[index]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from planish.data.decode import read_file
 from planish.data.listing import Found
 from planish.data.rows import Labelled, arrange, choose_splits
 from planish.errors import PlanishError
@@ -26,11 +28,18 @@ class Row:
             goes to worker processes by their names.
         index: the row.
         split: what messages call the data set.
+        state: changes when the files of the data set do; ``None`` where images lie elsewhere.
     """
 
     images: Any
     index: int
     split: str
+    state: str | None = None
+
+    @property
+    def stamp(self) -> str | None:
+        """Changes when the data set is written again."""
+        return None if self.state is None else f"{self.state}|{self.index}"
 
     def read_bytes(self) -> bytes:
         cell = self.images[self.index]["image"]
@@ -40,7 +49,7 @@ class Row:
             return cell["bytes"]
         if cell["path"] is None or "://" in cell["path"]:
             raise OSError(f"the row has no bytes and no file on this machine ({cell['path']})")
-        return Path(cell["path"]).read_bytes()
+        return read_file(Path(cell["path"]))
 
     def __str__(self) -> str:
         return f"{self.split}[{self.index}]"
@@ -132,8 +141,22 @@ def _read(where: Path, dataset: Any, split: str, library: Any, rows: list[Labell
             f"{where}: {missing} of {len(labels)} labels{f' of the split {split}' if split else ''} are missing: "
             "leave out images whose label is not known"
         )
-    rows += [Labelled(Row(images, i, split or "row"), str(value), split or None) for i, value in enumerate(labels)]
+    state = _state(images)
+    for i, value in enumerate(labels):
+        rows.append(Labelled(Row(images, i, split or "row", state), str(value), split or None))
     return classes
+
+
+def _state(images: Any) -> str | None:
+    """The files of a data set that holds its images itself, with their sizes and times of change."""
+    column = images.data.column("image")
+    if not images.cache_files or any(chunk.field("bytes").null_count for chunk in column.chunks):
+        return None
+    found = []
+    for name in sorted({file["filename"] for file in images.cache_files}):
+        status = os.stat(name)
+        found.append(f"{os.path.abspath(name)}|{status.st_size}|{status.st_mtime_ns}")
+    return f"{'|'.join(found)}|{images._fingerprint}"
 
 
 def _columns(where: Path, features: Any, library: Any) -> tuple[str, str]:

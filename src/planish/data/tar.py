@@ -9,6 +9,7 @@ part, and what follows the dot says what each file is.
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +27,15 @@ _MOST_BYTES = 1 << 20
 class TarMember:
     """An image inside a tar file, which is opened whenever it is read.
 
-    Opening costs little beside decoding, and so no worker process has to share an open file with another.
+    Opening costs little beside decoding, and so no worker process has to share an open file with another. ``written``
+    is when the tar file was last changed, in nanoseconds.
     """
 
     shard: Path
     offset: int
     size: int
     name: str
+    written: int = 0
 
     def read_bytes(self) -> bytes:
         with open(self.shard, "rb") as file:
@@ -46,6 +49,11 @@ class TarMember:
     def place(self) -> tuple[str, int]:
         """Sorts members as they lie on the disk."""
         return str(self.shard), self.offset
+
+    @property
+    def stamp(self) -> str:
+        """Changes when the tar file is written again."""
+        return f"{os.path.abspath(self.shard)}|{self.written}|{self.offset}|{self.size}"
 
     def __str__(self) -> str:
         return f"{self.shard}:{self.name}"
@@ -73,7 +81,9 @@ def index_tar(path: Path) -> TarIndex:
     labels: dict[tuple[str, str], str] = {}
     keys: dict[str, None] = {}
     try:
+        _refuse_special(path)
         _refuse_compressed(path)
+        written = path.stat().st_mtime_ns
         with tarfile.open(path, "r:") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps the headers of all
@@ -86,12 +96,16 @@ def index_tar(path: Path) -> TarIndex:
                         raise PlanishError(
                             f"{path}: the sample {key!r} has two images, {images[key].name} and {member.name}"
                         )
-                    images[key] = _image(path, member)
+                    images[key] = _image(path, member, written)
                 elif kind in _LABELS and (label := _label(path, tar, member, kind)) is not None:
                     labels[key, kind] = label
             _check_end(path, tar.offset)
-    except (OSError, tarfile.TarError, EOFError) as error:
-        raise PlanishError(f"{path} cannot be read as an uncompressed tar file: {error}") from error
+    except PlanishError:
+        raise
+    except (OSError, tarfile.TarError, EOFError, ValueError, OverflowError, MemoryError) as error:
+        # the last three where a header promises more bytes than there can be
+        why = str(error) or type(error).__name__
+        raise PlanishError(f"{path} cannot be read as an uncompressed tar file: {why}") from error
     index = TarIndex([], [], len(keys) - len(images))
     for key, image in images.items():
         found = next((labels[key, kind] for kind in _LABELS if (key, kind) in labels), None)
@@ -110,6 +124,11 @@ def _parts(name: str) -> tuple[str, str]:
     return folder + slash + hidden + stem, kind.lower()
 
 
+def _refuse_special(path: Path) -> None:
+    if not path.is_file():
+        raise PlanishError(f"{path} is {'no regular file' if path.exists() else 'not there'}: expected a .tar")
+
+
 def _refuse_compressed(path: Path) -> None:
     with path.open("rb") as file:
         begin = file.read(6)
@@ -121,13 +140,13 @@ def _refuse_compressed(path: Path) -> None:
             )
 
 
-def _image(path: Path, member: tarfile.TarInfo) -> TarMember:
+def _image(path: Path, member: tarfile.TarInfo, written: int) -> TarMember:
     if not member.isreg() or member.issparse():
         raise PlanishError(
             f"{path}: {member.name} is stored as a link or with holes: "
             "write the shard again with whole files (tar --dereference --hard-dereference)"
         )
-    return TarMember(path, member.offset_data, member.size, member.name)
+    return TarMember(path, member.offset_data, member.size, member.name, written)
 
 
 def _label(path: Path, tar: tarfile.TarFile, member: tarfile.TarInfo, kind: str) -> str | None:

@@ -32,8 +32,6 @@ def load_unlabelled(
     if not found:
         raise PlanishError(f"{root} holds no image file ({other} other files): give a folder with image files")
     listing = Listing(root, {"": found}, other)
-    notes, _ = drop_unreadable(
-        [listing], preprocessing.input_size[0], root=root, limit_bad=limit_bad, progress=progress
-    )
+    notes, _, _ = drop_unreadable([listing], preprocessing, root=root, limit_bad=limit_bad, progress=progress)
     paths = listing.files[""]
     return EncodedImages(paths, [-1] * len(paths), preprocessing, seed=seed), notes

@@ -76,11 +76,8 @@ class Classifier:
         """
         return [self.answer(self.run(self.read(image))) for image in images]
 
-    def read(self, image: str | Path | BinaryIO | Image.Image, formats: tuple[str, ...] | None = None) -> np.ndarray:
+    def read(self, image: str | Path | BinaryIO | Image.Image) -> np.ndarray:
         """One image as the model's input: float32, shape (channels, height, width).
-
-        Args:
-            formats: Pillow's names of the file formats that are tried; default: all that it knows.
 
         Raises:
             PlanishError: the image cannot be read or is too large.
@@ -96,7 +93,7 @@ class Classifier:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # about metadata and sizes: what matters is found by decoding
-                return to_input(decode(source, preprocessing.input_size[0], formats), preprocessing)
+                return to_input(decode(source, preprocessing.input_size[0]), preprocessing)
         except Exception as error:  # decoders raise a zoo: OSError, SyntaxError, struct.error, EOFError, ...
             raise PlanishError(f"{what} {_why(error)}") from error
 

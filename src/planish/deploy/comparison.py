@@ -10,7 +10,6 @@ from typing import Any
 from planish.deploy.classify import Answer, Classifier
 from planish.errors import PlanishError
 
-FORMATS = ("PNG", "JPEG", "BMP", "WEBP", "TIFF", "PPM", "GIF")
 ROUNDS = 5  # of which the median is told
 TOP = 5
 
@@ -48,7 +47,7 @@ def compare(classifiers: Sequence[Classifier], data: bytes) -> dict[str, Any]:
         PlanishError: a model fails.
     """
     try:
-        inputs = [classifier.read(io.BytesIO(data), FORMATS) for classifier in classifiers]
+        inputs = [classifier.read(io.BytesIO(data)) for classifier in classifiers]
     except PlanishError as error:
         raise BadPicture(str(error)) from error
     times: list[list[float]] = [[] for _ in classifiers]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from PIL import Image, ImageOps
 
 from planish.errors import PlanishError
-from planish.images import reversed_channels
-from planish.preprocessing import Preprocessing
+from planish.images import check_resized, reversed_channels
+from planish.preprocessing import Preprocessing, resized_size
 
 INTERPOLATIONS = {
     "nearest": Image.Resampling.NEAREST,
@@ -29,7 +27,7 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
 
     Raises:
         PlanishError: the interpolation is not known, or the image is so long and narrow that it would be resized to
-            more than Pillow's limit of pixels.
+            more than Pillow's limit of pixels, or to none.
     """
     if preprocessing.interpolation not in INTERPOLATIONS:
         raise PlanishError(
@@ -47,36 +45,12 @@ def to_input(image: Image.Image, preprocessing: Preprocessing) -> np.ndarray:
     return np.ascontiguousarray((pixels / np.float32(255) - mean) / std)
 
 
-def resized_size(height: int, width: int, preprocessing: Preprocessing) -> tuple[int, int]:
-    """(height, width) that an image is resized to before its centre is cropped.
-
-    ``squash`` takes both sides to ``size / crop_pct``, ``border`` fits the image inside, ``center`` covers it. With
-    square models timm leaves ``center`` to torchvision, which rounds the longer side down; otherwise it rounds to the
-    nearest.
-    """
-    rows, columns = (math.floor(side / preprocessing.crop_pct) for side in preprocessing.input_size[1:])
-    ratios = (height / rows, width / columns)
-    if preprocessing.crop_mode == "squash":
-        return rows, columns
-    if preprocessing.crop_mode == "border":
-        return round(height / max(ratios)), round(width / max(ratios))
-    if rows != columns:
-        return round(height / min(ratios)), round(width / min(ratios))
-    longer = int(rows * max(height, width) / min(height, width))
-    return (longer, rows) if width <= height else (rows, longer)
-
-
 def _resize(image: Image.Image, preprocessing: Preprocessing) -> Image.Image:
+    check_resized(image.width, image.height, preprocessing)
     height, width = resized_size(image.height, image.width, preprocessing)
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and height * width > limit:
-        raise PlanishError(
-            f"an image of {image.width} x {image.height} pixels would be resized to {width} x {height}, "
-            f"more than the limit of {limit}: cut it"
-        )
     if (height, width) == (image.height, image.width):
         return image
-    return image.resize((max(width, 1), max(height, 1)), INTERPOLATIONS[preprocessing.interpolation])
+    return image.resize((width, height), INTERPOLATIONS[preprocessing.interpolation])
 
 
 def _crop(image: Image.Image, height: int, width: int, fill: int | tuple[int, ...]) -> Image.Image:

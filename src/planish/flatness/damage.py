@@ -17,6 +17,7 @@ from planish.evaluation import BINS
 from planish.flatness.corruptions import STANDARD, corrupt, corrupted
 from planish.flatness.subject import Subject
 from planish.network.batches import call_model, logits_of, map_tensors, split_batch, to_device
+from planish.network.faults import sound
 from planish.network.modes import evaluating
 from planish.preprocessing import Preprocessing
 
@@ -137,7 +138,7 @@ def corruption_damage(
     total = len(loader) if isinstance(loader, Sized) else 0
     with ExitStack() as stack, torch.no_grad():
         models = [_prepared(model, stack) for model in (float_model, low_bit_model)]
-        for done, batch in enumerate(loader, start=1):
+        for done, batch in enumerate(sound(loader, "test"), start=1):
             inputs, labels = split_batch(batch)
             if labels is None:
                 raise PlanishError("damage under corruption needs labels, but the loader yields images only")

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from planish.errors import PlanishError
 from planish.flatness.graphs import plan_graphs
 from planish.network.batches import call_model, logits_of, split_batch, to_device
+from planish.network.faults import sound
 from planish.network.modes import evaluating
 
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -70,7 +71,7 @@ class Hessian:
         self.device, self.dtype = first.device, first.dtype
         self._sizes = [parameter.numel() for parameter in self.parameters.values()]
         self.size = sum(self._sizes)
-        split: list[Any] = [split_batch(batch) for batch in batches]
+        split: list[Any] = [split_batch(batch) for batch in sound(batches, "diagnosis")]
         if any(labels is None for _, labels in split):
             raise PlanishError(
                 "curvature needs a loss and so labels, but a batch has images only: pass (images, labels)"

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from planish.errors import PlanishError
 from planish.network import Assignment, Product, Site, assign, attach, fold_batchnorm, watch
 from planish.network.batches import call_model, first_image, logits_of, split_batch, to_device
+from planish.network.faults import sound
 from planish.ptq.grids import watch_grids
 from planish.ptq.sensitivity import Switch
 from planish.quantizers import UniformQuantizer
@@ -70,11 +71,15 @@ class Subject:
         watched once for all schemes.
         """
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        split = [split_batch(to_device(batch, device)) for batch in batches]
+        split = [split_batch(to_device(batch, device)) for batch in sound(batches, "diagnosis")]
         if not split or not schemes:
             raise PlanishError("there is nothing to look at: pass at least one batch of images and one scheme")
         inputs = [x for x, _ in split]
-        calibration = inputs if calibration is None else [split_batch(to_device(b, device))[0] for b in calibration]
+        calibration = (
+            inputs
+            if calibration is None
+            else [split_batch(to_device(b, device))[0] for b in sound(calibration, "calibration")]
+        )
         twin = copy.deepcopy(model).eval().requires_grad_(False)
         fold_batchnorm(twin, calibration[0])  # as the first pass of every method does
         allow = (allow,) if isinstance(allow, str) else tuple(allow)

@@ -151,7 +151,8 @@ def write_whole(path: Path, content: bytes, check: Callable[[Path], None] | None
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        temporary.unlink(missing_ok=True)
+        with temporary.open("xb") as file:  # "x": never through a link that another user has put there
             file.write(content)
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ from torch import nn
 from planish.errors import PlanishError
 from planish.network import assign, watch
 from planish.network.batches import first_image, split_batch, to_device
+from planish.network.faults import BadBatch, going_through, sound
 from planish.ptq.methods import get_method
 from planish.ptq.passes import Calibration, Pass, run_logits, run_passes
 from planish.scheme import Scheme
@@ -44,20 +45,32 @@ def quantize(
         ``planish_assignment`` holds the plan; :func:`planish.ledger` prints it.
 
     Raises:
-        PlanishError: no calibration image, an unknown scheme or method, a product that no tap covers, values that are
-            not finite.
+        PlanishError: no calibration image, a batch that holds NaN or that the model cannot take, an unknown scheme or
+            method, a product that no tap covers, values that are not finite.
     """
     scheme = Scheme.parse(scheme)
     passes = get_method(method).passes() if isinstance(method, str) else list(method)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    batches = [to_device(split_batch(batch)[0], device) for batch in calibration]
+    batches = [to_device(split_batch(batch)[0], device) for batch in sound(calibration, "calibration")]
     if not batches:
         raise PlanishError("there is no calibration batch: pass a loader with at least one batch of images")
     twin = copy.deepcopy(model).eval().requires_grad_(False)
     patterns = (allow,) if isinstance(allow, str) else tuple(allow)
     plan = assign(watch(twin, first_image(batches[0])), scheme, allow=patterns)
-    work = Calibration(twin, batches, plan, run_logits(twin, batches), given=model, allow=patterns)
+    work = Calibration(twin, batches, plan, _reference(twin, batches), given=model, allow=patterns)
     work.tell, work.progress = log or work.tell, progress or work.progress
     run_passes(work, passes)
     work.model.planish_assignment = work.assignment  # type: ignore[assignment]
     return work.model
+
+
+def _reference(model: nn.Module, batches: Sequence[Any]) -> list[torch.Tensor]:
+    """The logits of every batch; an error names the batch that the model cannot take."""
+    logits = []
+    for number, batch in enumerate(batches, 1):
+        try:
+            with going_through(batch):
+                logits += run_logits(model, [batch])
+        except BadBatch as error:
+            raise PlanishError(f"batch {number} of the calibration loader {error}") from error
+    return logits

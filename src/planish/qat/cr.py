@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from planish.data.views import distort, random_view
 from planish.errors import PlanishError
 from planish.network.batches import call_model, cut, logits_of, map_tensors, size_of, split_batch, to_device
+from planish.network.faults import BadBatch, fault_in
 from planish.qat.method import Context, Method
 from planish.training import Ingredient
 from planish.training.engine import begin_epoch
@@ -82,7 +83,10 @@ class Endless:
                 self.batches = islice(iter(self.loader), index, None)
             batch = next(self.batches)
         self.at = step + 1
-        return split_batch(batch.batch if isinstance(batch, Share) else batch)[0]
+        inputs = split_batch(batch.batch if isinstance(batch, Share) else batch)[0]
+        if (fault := fault_in(inputs)) is not None:
+            raise BadBatch(f"of the images without labels {fault}")
+        return inputs
 
 
 class ConsistencyRegularization(Ingredient):

@@ -15,6 +15,7 @@ from torch import nn
 from planish.errors import PlanishError
 from planish.network import Assignment, assign, detach, reestimate_batchnorm, watch
 from planish.network.batches import first_image, split_batch, to_device
+from planish.network.faults import sound
 from planish.qat.method import Context, Method
 from planish.qat.methods import get_method
 from planish.qat.prepare import bake_quantizers, insert_quantizers
@@ -112,7 +113,7 @@ def train_quantized(
 
 
 def _inputs(loader: Iterable[Any], most: int | None, device: torch.device) -> list[Any]:
-    batches = [to_device(split_batch(batch)[0], device) for batch in islice(loader, most)]
+    batches = [to_device(split_batch(batch)[0], device) for batch in sound(islice(loader, most), "calibration")]
     if not batches:
         raise PlanishError("the loader yields no batch to set ranges on: give it at least one image")
     return batches

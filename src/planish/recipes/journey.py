@@ -26,7 +26,7 @@ from planish.recipes.arms import ARMS, arm_settings
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig, flat_dict
 from planish.recipes.estimate import plain_step, tell, worth_it
-from planish.recipes.material import Material, prepare
+from planish.recipes.material import Material, prepare, tell_replaced
 from planish.recipes.passes import chosen_passes, learning_cost
 from planish.recipes.processes import count_processes, is_main, make_console, on_main
 from planish.recipes.session import StopFlag, free_cores, say, stoppable
@@ -66,6 +66,8 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, console: Console 
             material = prepare(config, console)
             settings = {**flat_dict(config), **material.fingerprint()}
             on_main(lambda: folder.write_config(settings))
+            if material.data.skipped:
+                folder.log({"event": "images skipped", "reasons": material.data.skipped})
         except BaseException:
             if folder.active and not resume:
                 shutil.rmtree(folder.partial, ignore_errors=True)
@@ -105,10 +107,12 @@ class _Journey:
         self.config, self.folder, self.material, self.stop = config, folder, material, stop
         self.rows: list[dict[str, Any]] = []
         self.seconds: dict[str, float] = {}
+        self.replaced: dict[str, Any] = {}
         if folder.resumed and folder.path("results.json").exists():
             previous = folder.read_results()
             self.rows = [{k: math.nan if v is None else v for k, v in row.items()} for row in previous["rows"]]
             self.seconds = previous["protocol"].get("seconds_training", {})
+            self.replaced = {k: v for k, v in previous["protocol"].items() if k == "images_replaced"}
         self.work = Work(self._plan(), console)
 
     def _plan(self) -> list[tuple[str, float]]:
@@ -191,6 +195,7 @@ class _Journey:
             )  # fmt: skip
         except PlanishError as error:
             raise PlanishError(f"{name}: {error}; what was done before is kept in {self.folder.partial}") from None
+        self.replaced = tell_replaced(self.material, self.work.console) or self.replaced
         if not continued:  # of a continued training the first part was not timed
             self.seconds[name] = round(time.perf_counter() - began, 2)
         if self.folder.active:
@@ -271,7 +276,7 @@ class _Journey:
             "in_float": ", ".join((IN_FLOAT, *config.quantize.allow)),
             "seed": config.models.seed, "batch_size": config.models.batch_size, "threads": config.models.threads,
             "processes": processes if processes > 1 else None, "device": str(self.material.device),
-            "seconds_training": self.seconds or None,
+            "seconds_training": self.seconds or None, "images_skipped": len(data.skipped) or None, **self.replaced,
         }  # fmt: skip
 
     @cached_property

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from accelerate.utils import gather_object
 from rich.console import Console
 from torch.utils.data import DataLoader
 
 from planish.data import ImageData, calibration_subset, load_data, make_loader
+from planish.data.listing import enumerated
 from planish.errors import PlanishError
 from planish.models import LoadedModel, check_classes, classes_of, load_model
 from planish.recipes.config import RunConfig
@@ -55,6 +57,8 @@ class Material:
             "checkpoint": self.loaded.weights_hash, "train_images": len(self.data.train_labels),
             "test_images": self.test_images,
         }  # fmt: skip
+        if self.data.content:
+            found["images_hash"] = self.data.content
         processes = count_processes()  # each takes batches of its own
         return found if processes == 1 else {**found, "processes": processes}
 
@@ -65,7 +69,7 @@ def prepare(config: RunConfig, console: Console, *, calibrate: bool = True) -> M
     loaded = load_model(options.model, weights=options.weights, trust=True)
     if next(loaded.model.parameters(), None) is None:
         raise PlanishError(f"{options.model} has no parameters, so there is nothing to quantize")
-    data = load_data(options.data, loaded.preprocessing, seed=options.seed, progress=_watch_images(console))
+    data = load_data(options.data, loaded.preprocessing, seed=options.seed, progress=watch_images(console))
     for note in data.notes:
         say(console, f"note: {note}")
     check_classes(loaded.model, data)
@@ -83,7 +87,22 @@ def prepare(config: RunConfig, console: Console, *, calibrate: bool = True) -> M
     return Material(loaded, data, train, loader(subset, shuffle=False), loader(data.test, shuffle=False))
 
 
-def _watch_images(console: Console) -> Callable[[int, int], None]:
+def tell_replaced(material: Material, console: Console) -> dict[str, Any]:
+    """What became unreadable in training and was replaced: a note, and an entry for the protocol; empty if nothing did.
+
+    Of several processes each knows what it has read itself; all of them have to come here.
+    """
+    own = getattr(material.train.dataset, "replaced", [])
+    found = own if count_processes() == 1 else gather_object(own)
+    if not found:
+        return {}
+    names = sorted(set(found))
+    say(console, f"note: {len(names)} training images could not be read any more, and others of their class took "
+                 f"their place: {enumerated(names)}")  # fmt: skip
+    return {"images_replaced": len(names)}
+
+
+def watch_images(console: Console) -> Callable[[int, int], None]:
     """Say how far the check of the images is, every ten seconds."""
     last = time.perf_counter()
 

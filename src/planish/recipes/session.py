@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
+from planish.errors import printable
 from planish.recipes.processes import is_main, on_main
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -36,7 +37,8 @@ def _free_cores() -> int:
 
 def say(console: Console, text: str) -> None:
     """A line; long ones are left whole where there is no terminal, so that a log holds one line an event."""
-    console.print(text, markup=False, highlight=False, soft_wrap=not console.is_terminal)
+    shown = "\n".join(map(printable, text.split("\n")))
+    console.print(shown, markup=False, highlight=False, soft_wrap=not console.is_terminal)
 
 
 class StopFlag:

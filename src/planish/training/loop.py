@@ -17,10 +17,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of, split_batch, to_device
+from planish.network.faults import BadBatch, fault_in, going_through
 from planish.training import checkpoint
 from planish.training.engine import (
     any_process,
@@ -123,7 +125,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class TrainingFailed(PlanishError):
-    """The loss became NaN or infinite; ``state_dict`` holds the last good weights, also restored in the model."""
+    """The loss became NaN or infinite, or a batch was of no use.
+
+    ``state_dict`` holds the last good weights, which are also restored in the model.
+    """
 
     def __init__(self, message: str, state_dict: dict[str, Tensor]) -> None:
         super().__init__(message)
@@ -156,7 +161,8 @@ def train(
 
     Raises:
         PlanishError: there is nothing to train on or nothing to minimise, or the checkpoint is of no use.
-        TrainingFailed: the loss is no longer finite; the model holds the last good weights.
+        TrainingFailed: the loss is no longer finite, or a batch holds NaN, infinite values, wrong labels or what the
+            model cannot take; the model holds the last good weights.
         Interrupted: ``should_stop`` asked for it.
     """
     if settings.epochs < 0 or not isinstance(loader, Sized):
@@ -216,7 +222,7 @@ def train(
                 raise FloatingPointError("NaN or infinite in the weights")
             good = _snapshot(model)
             saver(run.step)
-    except FloatingPointError as error:
+    except (FloatingPointError, BadBatch) as error:
         run.failed = True
         model.load_state_dict(good, strict=False)
         where = (
@@ -224,9 +230,13 @@ def train(
             if checkpoint_dir is not None and checkpoint.exists(checkpoint_dir)
             else ""
         )
+        what, advice = f"the loss became {error}", f"lower the learning rate ({peak:g})"
+        if isinstance(error, BadBatch):
+            epoch, batch = divmod(run.step, max(1, len(batches)))
+            what, advice = f"batch {batch + 1} of epoch {epoch + 1} {error}", "correct what the loader gives"
         raise TrainingFailed(
-            f"the loss became {error} at step {run.step + 1} of {run.steps}: training stopped and the last good "
-            f"weights were kept{where}; lower the learning rate ({peak:g}) or look for bad values in the images",
+            f"{what} at step {run.step + 1} of {run.steps}: training stopped and the last good weights were kept"
+            f"{where}; {advice}",
             {key: whole(value) for key, value in good.items()},
         ) from None
     except RuntimeError as error:
@@ -260,6 +270,7 @@ class Stepper:
         self.compiled: Any = torch.compile(run.wrapped) if run.settings.compile else None
         self.norms: list[Any] = []
         self.split = any(is_split(p) for p in self.parameters)
+        self.fault: str | None = None  # of the batch at hand
 
     def set_modes(self) -> None:
         """Training mode, but for BatchNorm if the settings freeze it."""
@@ -278,6 +289,7 @@ class Stepper:
             group["lr"] = lr * group.get("share", 1.0)
         share = replace(share, batch=to_device(share.batch, run.accelerator.device))
         inputs, labels = split_batch(share.batch)
+        self.fault = fault_in(inputs)
         # as many parts in every process, each with an image: they wait for each other in the last one
         processes = run.accelerator.num_processes
         parts = share.split(min(run.settings.accumulation, max(1, share.whole // processes)))
@@ -293,7 +305,8 @@ class Stepper:
             compute = functools.partial(ingredient.around, run, compute)
         loss = compute().item()
         if not math.isfinite(loss):
-            raise FloatingPointError(loss)
+            fault = self._fault_of_any()
+            raise FloatingPointError(loss) if fault is None else BadBatch(fault)
         if run.settings.clip_norm is not None:
             self._clip(run.settings.clip_norm)
         self.optimizer.step()
@@ -302,6 +315,12 @@ class Stepper:
         for ingredient in self.ingredients:
             ingredient.after_step(run)
         return loss
+
+    def _fault_of_any(self) -> str | None:
+        """What is wrong with the batch, wherever its part lies; the loss is the same everywhere, so all come here."""
+        if self.run.accelerator.num_processes == 1:
+            return self.fault
+        return next((fault for fault in gather_object([self.fault]) if fault is not None), None)
 
     def _clip(self, most: float) -> None:
         if not self.split:
@@ -337,6 +356,8 @@ class Stepper:
                 run.accelerator.backward(loss if weight == 1 else loss * weight)
             shown += loss.detach() if part.weight == 1 else loss.detach() * part.weight
         self.fresh = False
+        if self.fault is not None:
+            shown.fill_(math.nan)
         if self.split:
             average_whole(self.parameters, run.accelerator)
         if run.accelerator.num_processes > 1:
@@ -349,7 +370,8 @@ class Stepper:
             for ingredient in self.ingredients:
                 ingredient.before_part(run, inputs, labels)
         with run.accelerator.autocast():
-            logits = logits_of(call_model(run.wrapped, inputs)).float()
+            with going_through(inputs):
+                logits = logits_of(call_model(run.wrapped, inputs)).float()
             given = [ingredient.loss(run, inputs, labels, logits) for ingredient in self.ingredients]
         terms = [term for term in given if term is not None]
         if not terms:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of
+from planish.network.faults import BadBatch, label_fault, range_fault
 from planish.training.ingredients import Ingredient
 from planish.training.loop import Run
 
@@ -21,13 +22,28 @@ class TaskLoss(Ingredient):
 
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
         self.weight, self.label_smoothing = weight, label_smoothing
+        self._classes: int | None = None
+
+    def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
+        # here nothing is under way on an accelerator yet, so waiting for the labels costs nothing
+        if labels is not None and self._classes is not None:
+            _refuse(range_fault(labels, self._classes))
 
     def loss(self, run: Run, inputs: Any, labels: Tensor | None, logits: Tensor) -> Tensor:
         if labels is None:
             raise PlanishError(
                 "the task loss needs labels, but the loader yields images only; use distillation instead"
             )
+        _refuse(label_fault(labels, logits))
+        if self._classes is None:
+            self._classes = logits.shape[-1]
+            _refuse(range_fault(labels, self._classes))
         return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+
+
+def _refuse(fault: str | None) -> None:
+    if fault is not None:
+        raise BadBatch(fault)
 
 
 class _Taught(Ingredient):

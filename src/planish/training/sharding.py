@@ -33,7 +33,9 @@ def asked_for(accelerator: Accelerator) -> bool:
         return False
     # the environment and not the plugin, which Accelerate makes for accelerators only: CPUs can do it, too
     if os.environ.get("FSDP_VERSION", "1") != "2":
-        raise PlanishError("FSDP of version 1 flattens parameters, which hides them from the taps: give --fsdp_version 2")
+        raise PlanishError(
+            "FSDP of version 1 flattens parameters, which hides them from the taps: give --fsdp_version 2"
+        )
     return True
 
 
