@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import torch
 
-from planish.cli.files import check_target
+from planish.cli.ended import saying_what_is_kept
+from planish.cli.files import check_beside, check_target
 from planish.cli.options import Flatten
 from planish.models import save_weights
 from planish.recipes.arms import arm_settings
-from planish.recipes.check import check_models, check_training
+from planish.recipes.check import check_models, check_record, check_training
 from planish.recipes.config import RunConfig, flat_dict
-from planish.recipes.kept import Kept
+from planish.recipes.kept import Kept, log_beside
 from planish.recipes.material import prepare
 from planish.recipes.processes import is_main, make_console
 from planish.recipes.session import free_cores, say, stoppable
@@ -26,10 +27,12 @@ def execute(command: Flatten) -> None:
     Scheme.parse(command.scheme)
     check_models(command.models)
     check_training(command.train, command.noise)
+    command = replace(command, record=check_record(command.record))
     check_target(command.out, command.overwrite)
     console = make_console()
     kept = Kept(command.out)
     before = kept.before()
+    check_beside(command.out, log_beside(command.out), "the log", command.overwrite, bool(before))
     threads = command.models.threads or int(before.get("threads", 0)) or free_cores()
     command = replace(command, models=replace(command.models, threads=threads))
     torch.set_num_threads(threads)
@@ -39,17 +42,22 @@ def execute(command: Flatten) -> None:
         config = RunConfig(models=command.models, train=command.train)
         material = prepare(config, console, calibrate=False)
         now = {**flat_dict(command), **material.fingerprint()}
-        kept.begin({key: value for key, value in now.items() if key not in ("out", "overwrite")})
+        kept.begin(now)
         going_on = kept.state.exists()
-        with kept.interruptible(), Work([("train", 1.0)], console) as work:
+        with (
+            saying_what_is_kept(kept.describe, command.models.batch_size), kept.interruptible(),
+            kept.tracked(command.record.track, now, console) as tell, Work([("train", 1.0)], console) as work,
+        ):  # fmt: skip
             work.begin(f"{'going on with' if going_on else 'flattening'} {material.loaded.name} for {command.scheme}")
             flat = train_arm(
                 material, (command.scheme,), settings, allow=command.allow, checkpoint=kept.state, resume=True,
-                stop=stop, progress=work.at, last_good=kept.last_good,
+                stop=stop, progress=work.at, last_good=kept.last_good, log=tell,
+                checkpoint_minutes=command.record.checkpoint_minutes,
             )  # fmt: skip
             work.end()
-        if is_main():
-            save_weights(flat, command.out, {"format": "pt"})
+            kept.finish_log()
+            if is_main():
+                save_weights(flat, command.out, {"format": "pt"})
     kept.drop()
     say(
         console,

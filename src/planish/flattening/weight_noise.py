@@ -145,6 +145,15 @@ class WeightNoise(Ingredient):
         if self.kind == "iid" and self.active(run):
             torch._foreach_add_([p.detach() for p in self.parameters], self.draw())
 
+    def report(self, run: Run) -> dict[str, float]:
+        """``weight_noise``: the error of rounding, under the scheme of this step, as a share of the weights (both by
+        their root mean squares), times the gain; absent until it has been measured."""
+        if self.level.measured < 0 or self.kind == "none":
+            return {}
+        errors = [r.variance.expand_as(p).sum() for p, r in zip(self.parameters, self.recorders, strict=True)]
+        squares = [p.detach().square().sum() for p in self.parameters]
+        return {"weight_noise": self.gain * math.sqrt(float(sum(errors)) / max(float(sum(squares)), 1e-30))}
+
     def state_dict(self) -> dict[str, Any]:
         levels = [[level.measured, [r.state_dict() for r in level.recorders]] for level in self.levels]
         return {"levels": levels, "pool": self.pool.state_dict(), "previous": self.previous}

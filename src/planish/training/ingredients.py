@@ -6,6 +6,7 @@ A training method is a list of ingredients. Each may hold state, and does its pa
     around           wraps forward and backward: perturb, compute, restore; or compute twice (SAM)
     loss             a term of the objective, from the logits
     after_step       the optimizer has moved the weights
+    report           every so many steps: what is worth following
 
 Ingredients are called in the order of the list; the first one's ``around`` is the outermost.
 """
@@ -42,6 +43,10 @@ class Ingredient:
 
     def after_step(self, run: Run) -> None:
         """After the optimizer step."""
+
+    def report(self, run: Run) -> dict[str, float]:
+        """Numbers to follow, such as the size of a noise; asked after a step, every so often."""
+        return {}
 
     def finish(self, run: Run) -> None:
         """After the last step, in the order of the list; also after a failure, to take taps off (``run.failed``)."""

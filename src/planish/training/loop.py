@@ -26,6 +26,9 @@ from planish.training import checkpoint
 from planish.training.engine import begin_epoch, equalize_buffers, make_accelerator, make_optimizer, step_seed
 from planish.training.ingredients import Ingredient
 
+CHECKPOINT_MINUTES = 10.0  # so much work is lost at most by a kill -9, beside what an epoch's end keeps
+LOG_EVERY = 20  # steps between two lines of the log
+
 
 @dataclass(frozen=True)
 class TrainingSettings:
@@ -109,6 +112,7 @@ def train(
     *,
     accelerator: Accelerator | None = None,
     checkpoint_dir: Path | None = None,
+    checkpoint_minutes: float = CHECKPOINT_MINUTES,
     resume: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
@@ -120,8 +124,11 @@ def train(
         model: any module whose output :func:`planish.network.batches.logits_of` understands.
         loader: batches of (inputs, labels), with a length; a sampler or data set with ``set_epoch`` is told the epoch.
         checkpoint_dir: where the state is saved after every epoch, and when ``should_stop`` says so.
+        checkpoint_minutes: within an epoch it is saved whenever the last time is so long ago; no result depends on it.
         resume: continue from ``checkpoint_dir`` if there is a checkpoint.
         progress: called after each step with (step, steps, loss).
+        log: receives an event of plain values for every epoch, and every ``LOG_EVERY`` steps one with the loss, the
+            learning rate and what the ingredients report. What a resumed run computes again it tells again.
         should_stop: asked after each step; if true, a checkpoint is written and :class:`Interrupted` raised.
 
     Raises:
@@ -149,6 +156,7 @@ def train(
     state = (model, prepared, ingredients)
     known = {**asdict(settings), "steps": run.steps}  # what the rest of the run depends on
     saver = functools.partial(checkpoint.save, checkpoint_dir, *state, accelerator, settings=known)
+    clock = _Clock(60 * checkpoint_minutes)
     good = _snapshot(model)
     began = time.perf_counter()
     try:
@@ -164,17 +172,24 @@ def train(
             for batch in _skip(accelerator, batches, done) if done else batches:
                 loss = stepper(batch)
                 run.step += 1
+                stepper.tell(loss)
                 if progress:
                     progress(run.step, run.steps, loss)
-                if _any(should_stop(), accelerator):
+                stop, due = _agree([should_stop(), clock.due()], accelerator)
+                if (stop or due) and run.step % len(batches):  # at the end of an epoch it is saved anyway
+                    _check_finite(model)
                     saver(run.step)
-                    raise Interrupted
+                    clock.start()
+                    if stop:
+                        raise Interrupted
             run.history.append({"epoch": epoch + 1, "loss": loss, "seconds": time.perf_counter() - began})
             run.log({"event": "epoch", **run.history[-1]})
-            if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
-                raise FloatingPointError("NaN or infinite in the weights")
+            _check_finite(model)
             good = _snapshot(model)
             saver(run.step)
+            clock.start()
+            if stop:
+                raise Interrupted
     except FloatingPointError as error:
         run.failed = True
         model.load_state_dict(good, strict=False)
@@ -237,6 +252,15 @@ class Stepper:
             ingredient.after_step(run)
         return loss
 
+    def tell(self, loss: float) -> None:
+        """Every so many steps, a line with what can be followed; called when the step has been counted."""
+        run = self.run
+        if run.step % LOG_EVERY and run.step != run.steps:
+            return
+        lr = run.settings.learning_rate(run.step - 1, run.steps, self.peak)
+        told = {name: value for ingredient in self.ingredients for name, value in ingredient.report(run).items()}
+        run.log({"event": "step", "step": run.step, "loss": loss, "lr": lr, **told})
+
     def _compute(self, inputs: Any, labels: Tensor | None) -> Tensor:
         run = self.run
         with run.accelerator.autocast():
@@ -261,17 +285,37 @@ def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
 
 
+def _check_finite(model: nn.Module) -> None:
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters()):
+        raise FloatingPointError("NaN or infinite in the weights")
+
+
 def _skip(accelerator: Accelerator, loader: Any, done: int) -> Iterable[Any]:
     if isinstance(loader, DataLoader):
         return accelerator.skip_first_batches(loader, done)
     return itertools.islice(loader, done, None)
 
 
-def _any(flag: bool, accelerator: Accelerator) -> bool:
-    """Whether any process says so; processes that stopped at different steps would wait for each other."""
+class _Clock:
+    """When the next checkpoint within an epoch is due."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.start()
+
+    def start(self) -> None:
+        self.since = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.since >= self.seconds
+
+
+def _agree(flags: list[bool], accelerator: Accelerator) -> list[bool]:
+    """For each flag whether any process has set it; processes that parted would wait for each other."""
     if accelerator.num_processes == 1:
-        return flag
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+        return flags
+    told: Tensor = accelerator.reduce(torch.tensor(flags, dtype=torch.float32, device=accelerator.device))
+    return (told > 0).tolist()
 
 
 def _move(ingredients: Sequence[Ingredient], model: nn.Module, accelerator: Accelerator) -> None:
