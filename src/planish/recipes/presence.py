@@ -120,16 +120,20 @@ class Presence:
         count = 0
         while not self._over.wait(BEAT):
             count += 1
-            try:
-                self._store.set(f"{self.rank}", str(count))
-                for other in self.roll.others:
-                    if self._store.check([f"{other}"]):
-                        self.roll.note(other, self._store.get(f"{other}").decode(), time.monotonic())
-            except Exception:
-                self.store_gone = self.store_gone or time.monotonic()
+            if self.store_gone is None:
+                try:
+                    self._exchange(str(count))
+                except Exception:  # nothing can be learned from it any more
+                    self.store_gone = time.monotonic()
             if not self._asked.is_set() and (text := self._sentence(SILENCE)):
                 self.lost(text)
                 return
+
+    def _exchange(self, sign: str) -> None:
+        self._store.set(f"{self.rank}", sign)
+        for other in self.roll.others:
+            if self._store.check([f"{other}"]):
+                self.roll.note(other, self._store.get(f"{other}").decode(), time.monotonic())
 
 
 _PRESENT: list[Presence] = []  # the watch of this process, if there is one
@@ -165,7 +169,7 @@ def present() -> Iterator[None]:
         _PRESENT.clear()
 
 
-KEPT = "this process stops, too; what was saved is whole, so start all processes again as before to continue"
+KEPT = "this process stops, too; what was saved is whole: start all processes again to continue (a run with --resume)"
 
 
 def is_lost_connection(error: BaseException) -> bool:
