@@ -104,7 +104,7 @@ class Tracking:
                 KINDS[kind].begun(place, tracker.tracker)
             except Exception as error:  # of a foreign package, whatever it is
                 raise PlanishError(
-                    f"track {kind} does not start ({_short(error)}): leave it away, or mend it"
+                    f"track {kind} does not start ({_short(error)}): mend it, or leave it out"
                 ) from error
             self.trackers[kind] = tracker
 
