@@ -2,12 +2,12 @@
 
     python benchmarks/interruption.py [--runs 20] [--seed 0]
 
-A run is ``planish run`` with every stage: the embedded convolutional network on 300 of the embedded images, as given and
-flattened with noise on weights and activations, quantized by ``best-cnn``, measured and reported. It is killed by SIGKILL,
-SIGTERM or SIGINT when it has used a random share of the processor time of the undisturbed run (from the start of the
-command to its end, one moment in each twentieth), and continued with ``--resume`` (begun again, if nothing was there yet).
-Compared are results.json without seconds and memory, every tensor and the metadata of every file of weights, and the names of
-all files. Writes interruption.csv beside this file.
+A run is ``planish run`` with every stage: the embedded convolutional network on 300 of the embedded images, as given
+and flattened with noise on weights and activations, quantized by ``best-cnn``, measured and reported. It is killed by
+SIGKILL, SIGTERM or SIGINT when it has used a random share of the processor time of the undisturbed run (from the start
+of the command to its end, one moment in each twentieth), and continued with ``--resume``, or begun again if nothing was
+there yet. Compared are results.json without seconds and memory, every tensor and the metadata of every file of weights,
+and the names of all files. Writes interruption.csv beside this file.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [sys.executable, "-m", "planish", "run", *arguments], cwd=folder, text=True, stdout=out,
             stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # a shell's background jobs begin with Ctrl-C ignored, and then planish ignores it, too
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )  # fmt: skip
 
 
