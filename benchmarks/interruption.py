@@ -42,7 +42,7 @@ CLOCK = ("seconds", "seconds_training", "peak_memory_mb")
 
 def make_images(folder: Path, each: int = 30) -> None:
     """Class folders with some of the embedded training images."""
-    data = planish.load_data(None)
+    data = planish.load_data(None, planish.load_model("convnet").preprocessing)
     for label in range(10):
         place = folder / f"class{label}"
         place.mkdir(parents=True)
