@@ -2,8 +2,8 @@
 
     python benchmarks/interruption.py [--runs 20] [--seed 0]
 
-A run is ``planish run`` with every stage: the embedded convolutional network on 300 of the embedded images, as given
-and flattened with noise on weights and activations, quantized by ``best-cnn``, measured and reported. It is killed by
+A run is ``planish run`` with every stage: the embedded convolutional network on 200 of the embedded images, as given
+and flattened with noise on weights and activations, quantized by ``genie``, measured and reported. It is killed by
 SIGKILL, SIGTERM or SIGINT when it has used a random share of the processor time of the undisturbed run (from the start
 of the command to its end, one moment in each twentieth), and continued with ``--resume``, or begun again if nothing was
 there yet. Compared are results.json without seconds and memory, every tensor and the metadata of every file of weights,
@@ -32,15 +32,15 @@ from safetensors import safe_open
 import planish
 
 RUN = [
-    "--model", "convnet", "--data", "images", "--arms", "given", "flat", "--schemes", "w4a4", "--methods", "best-cnn",
-    "--activation-noise", "gaussian", "--epochs", "2", "--iterations", "30", "--batch-size", "32", "--threads", "1",
+    "--model", "convnet", "--data", "images", "--arms", "given", "flat", "--schemes", "w4a4", "--methods", "genie",
+    "--activation-noise", "gaussian", "--epochs", "2", "--iterations", "20", "--batch-size", "32", "--threads", "1",
     "--calibration-images", "64", "--checkpoint-minutes", "0.02", "--out", "run",
 ]  # fmt: skip
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 CLOCK = ("seconds", "seconds_training", "peak_memory_mb")
 
 
-def make_images(folder: Path, each: int = 30) -> None:
+def make_images(folder: Path, each: int = 20) -> None:
     """Class folders with some of the embedded training images."""
     data = planish.load_data(None, planish.load_model("convnet").preprocessing)
     for label in range(10):

@@ -180,19 +180,36 @@ def test_quantize_goes_on_with_the_units_that_are_learned(tiny, planish, monkeyp
         (tmp_path / "q.jsonl").unlink()
 
 
-def test_a_killed_write_leaves_nothing_behind(tiny, planish, tmp_path):
+class Stopped:
+    calls = 0
+
+    def __call__(self, *_):
+        self.calls += 1
+        raise KeyboardInterrupt
+
+
+def test_a_killed_write_leaves_nothing_behind(tiny, planish, monkeypatch, tmp_path):
     """The half file of a process that was killed while it moved the last one into place."""
     folder = tmp_path / "f.safetensors.checkpoint"
-    folder.mkdir()
+    stopped = Stopped()
+    with monkeypatch.context() as patch:
+        patch.setattr("planish.cli.flatten.save_weights", stopped)
+        assert planish("flatten", *tiny, "--epochs", "1", "--out", "f.safetensors").status == 130
+    assert stopped.calls == 1
+    assert sorted(path.name for path in tmp_path.glob("f.*")) == [
+        "f.jsonl",
+        folder.name,
+    ]  # the log was in place already
     half, other = tmp_path / ".f.safetensors.77.tmp", tmp_path / ".g.safetensors.77.tmp"
     for path in (half, other):
         path.write_text("half")
-    (folder / "log.jsonl").write_text('{"event": "step", "step": 1}\n{"event": "st')
+    with open(tmp_path / "f.jsonl", "a") as file:
+        file.write('{"event": "st')
     assert planish("flatten", *tiny, "--epochs", "1", "--out", "f.safetensors").status == 0
     assert not half.exists()
     assert other.exists()
     lines = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
-    assert [line["event"] for line in lines] == ["step", "step", "epoch"]
+    assert [line["event"] for line in lines] == ["step", "epoch"]
     assert planish("flatten", *tiny, "--epochs", "1", "--out", "f.jsonl").status == 2
     (tmp_path / "f.safetensors").unlink()
     ended = planish("flatten", *tiny, "--epochs", "1", "--out", "f.safetensors")

@@ -81,6 +81,11 @@ class Kept:
         write_text(self.folder / _SETTINGS, json.dumps(now, indent=2))
         for left in self.out.parent.glob(f".{glob.escape(self.out.name)}.*.tmp"):  # of a process that was killed
             left.unlink(missing_ok=True)
+        if not before:
+            write_text(self.log_file, "")
+        elif not self.log_file.exists() and log_beside(self.out).exists():  # it was killed in its last moments
+            with writing(self.log_file):
+                os.replace(log_beside(self.out), self.log_file)
         drop_torn_line(self.log_file)
 
     @property

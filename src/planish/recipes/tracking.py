@@ -35,7 +35,7 @@ def _mlflow_environment(folder: Path) -> dict[str, str]:
     if "MLFLOW_TRACKING_URI" in os.environ:  # the user has a server, or one database for all runs
         return {}
     where = f"sqlite:///{folder / 'mlflow.db'}"
-    return {"MLFLOW_TRACKING_URI": where, "MLFLOW_DISABLE_TELEMETRY": "true"}
+    return {"MLFLOW_TRACKING_URI": where, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_LOGGING_LEVEL": "WARNING"}
 
 
 KINDS = {
