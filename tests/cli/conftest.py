@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,8 +114,8 @@ def planish(capsys):
 
 
 ZYGOTE = """
-import json, os, signal, sys
-import planish.cli.flatten, planish.cli.run, planish.cli.train
+import json, os, resource, signal, sys
+import planish.cli.flatten, planish.cli.quantize, planish.cli.run, planish.cli.train
 from planish.cli.main import entry
 import torch
 torch.set_num_threads(1)
@@ -124,6 +125,8 @@ for line in sys.stdin:
     pid = os.fork()
     if pid == 0:
         os.chdir(job["cwd"])
+        if job["file_size"]:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (job["file_size"], job["file_size"]))
         for number, name in ((1, job["out"]), (2, job["err"])):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         sys.stdout = os.fdopen(1, "w")
@@ -146,12 +149,16 @@ class Zygote:
         assert self.process.stdout.readline() == "ready\n"
 
     def run(
-        self, cwd: Path, argv: list[str], *, kill: signal.Signals | None = None, after: int = 0, delay: float = 0.0
-    ) -> Ended:
-        """Run a command; ``kill`` is sent ``delay`` seconds after the command's ``after``-th line of output."""
+        self, cwd: Path, argv: list[str], *, kill: signal.Signals | None = None, after: int = 0, delay: float = 0.0,
+        file_size: int | None = None,
+    ) -> Ended:  # fmt: skip
+        """Run a command; ``kill`` is sent ``delay`` seconds after the command's ``after``-th line of output.
+
+        ``file_size``: no file of the command can grow beyond so many bytes; a write fails as on a full disk.
+        """
         out, err = cwd / "out.txt", cwd / "err.txt"
         out.write_text("")
-        job = {"cwd": str(cwd), "argv": argv, "out": str(out), "err": str(err)}
+        job = {"cwd": str(cwd), "argv": argv, "out": str(out), "err": str(err), "file_size": file_size}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         pid = int(self.process.stdout.readline())
@@ -160,7 +167,8 @@ class Zygote:
             while out.read_text().count("\n") < after and time.monotonic() < until:
                 time.sleep(0.002)
             time.sleep(delay)
-            os.kill(pid, kill)  # not waited for yet, so the number is still its own
+            with suppress(ProcessLookupError):  # it has ended already
+                os.kill(pid, kill)
         status = int(self.process.stdout.readline())
         return Ended(status, out.read_text(), err.read_text())
 

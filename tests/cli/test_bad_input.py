@@ -244,7 +244,7 @@ def test_a_full_disk(tiny, planish, small_disk):
     ended = planish("run", *tiny, *RUN, "--arms", "given,flat", "--epochs", "1", "--out", small_disk / "run")
     refused(ended, "disk")
     ended = planish("flatten", *tiny, "--epochs", "1", "--out", small_disk / "f.safetensors")
-    refused(ended, "space")
+    refused(ended, "the disk is full: make room")
 
 
 def test_a_read_only_folder(tiny, planish, small_disk):

@@ -137,7 +137,7 @@ def test_flatten_writes_weights_of_the_same_architecture(tiny, planish):
     ended = planish("flatten", *tiny, "--epochs", "1", "--scheme", "w3a3", "--out", "f.safetensors")
     assert ended.status == 0, ended.err
     assert "use it with --weights f.safetensors" in ended.out
-    assert sorted(p.name for p in Path().iterdir()) == ["f.safetensors"]
+    assert sorted(p.name for p in Path().iterdir()) == ["f.jsonl", "f.safetensors"]
     assert "conv1.weight" in read_weights("f.safetensors")[0]
     assert planish("run", *tiny, "--weights", "f.safetensors", "--arms", "given", "--schemes", "w4a4").status == 0
     assert [p.name[:5] for p in Path("runs").iterdir()] == ["tiny-"]

@@ -121,3 +121,96 @@ def test_flatten_goes_on_where_it_was_stopped(zygote, options, tmp_path):
         assert "going on with" in ended.out
         assert (tmp_path / out).read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
         assert not (tmp_path / f"{out}.checkpoint").exists()
+
+
+DEEP = """
+import torch
+from torch import nn
+
+class Deep(nn.Sequential):
+    planish_preprocessing = {"input_size": [1, 16, 16], "mean": [0.5], "std": [0.25], "crop_pct": 1.0}
+
+def build():
+    torch.manual_seed(0)
+    sizes = [(1, 6), (6, 8), (8, 8), (8, 4)]
+    return Deep(*[nn.Sequential(nn.Conv2d(a, b, 3, 2, 1), nn.ReLU()) for a, b in sizes], nn.Flatten(), nn.Linear(4, 3))
+"""
+
+
+def test_quantize_goes_on_with_the_units_that_are_learned(tiny, planish, monkeypatch, tmp_path):
+    from planish.ptq.unit_learning import UnitLearning
+
+    (tmp_path / "deep.py").write_text(DEEP)
+    command = ["quantize", "--model", "deep.py:build", *tiny[2:], "--method", "best-cnn", "--scheme", "w2a4"]
+    command += ["--iterations", "20", "--out"]
+    learn, learned = UnitLearning.learn, []
+
+    def until(most, error):
+        def counted(self, objective):
+            if len(learned) == most:
+                raise error
+            found = learn(self, objective)
+            learned.append(self.index)
+            return found
+
+        learned.clear()
+        monkeypatch.setattr(UnitLearning, "learn", counted)
+
+    until(99, None)
+    assert planish(*command, "whole.safetensors").status == 0
+    every = list(learned)
+    assert len(every) == 3
+    for done, error in ((0, KeyboardInterrupt()), (1, KeyboardInterrupt()), (2, MemoryError())):
+        until(done, error)
+        ended = planish(*command, "q.safetensors")
+        assert ended.status == (130 if isinstance(error, KeyboardInterrupt) else 2)
+        if not done:
+            assert "interrupted before there was anything to keep" in ended.err
+            assert not (tmp_path / "q.safetensors.checkpoint").exists()
+            continue
+        assert "kept in q.safetensors.checkpoint, the same command continues it" in ended.err
+        until(99, None)
+        ended = planish(*command, "q.safetensors")
+        assert ended.status == 0, ended.err
+        assert "going on with deep.py:build" in ended.out
+        assert learned == every[done:]
+        assert (tmp_path / "q.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+        assert not (tmp_path / "q.safetensors.checkpoint").exists()
+        (tmp_path / "q.safetensors").unlink()
+        (tmp_path / "q.jsonl").unlink()
+
+
+class Stopped:
+    calls = 0
+
+    def __call__(self, *_):
+        self.calls += 1
+        raise KeyboardInterrupt
+
+
+def test_a_killed_write_leaves_nothing_behind(tiny, planish, monkeypatch, tmp_path):
+    """The half file of a process that was killed while it moved the last one into place."""
+    folder = tmp_path / "f.safetensors.checkpoint"
+    stopped = Stopped()
+    with monkeypatch.context() as patch:
+        patch.setattr("planish.cli.flatten.save_weights", stopped)
+        assert planish("flatten", *tiny, "--epochs", "1", "--out", "f.safetensors").status == 130
+    assert stopped.calls == 1
+    assert sorted(path.name for path in tmp_path.glob("f.*")) == [
+        "f.jsonl",
+        folder.name,
+    ]  # the log was in place already
+    half, other = tmp_path / ".f.safetensors.77.tmp", tmp_path / ".g.safetensors.77.tmp"
+    for path in (half, other):
+        path.write_text("half")
+    with open(tmp_path / "f.jsonl", "a") as file:
+        file.write('{"event": "st')
+    assert planish("flatten", *tiny, "--epochs", "1", "--out", "f.safetensors").status == 0
+    assert not half.exists()
+    assert other.exists()
+    lines = [json.loads(line) for line in (tmp_path / "f.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in lines] == ["step", "epoch"]
+    assert planish("flatten", *tiny, "--epochs", "1", "--out", "f.jsonl").status == 2
+    (tmp_path / "f.safetensors").unlink()
+    ended = planish("flatten", *tiny, "--epochs", "1", "--out", "f.safetensors")
+    assert "the log goes into f.jsonl, which is already there; give another name, or --overwrite" in ended.err

@@ -22,7 +22,7 @@ def test_it_writes_what_evaluate_reads(tiny, planish, tmp_path):
     lines = ("float: top-1", "w2a4 by rtn: top-1", "w2a4 trained: top-1", "w2a4 by fpq (p=0.3, csd=2.0)")
     for line in lines:
         assert line in ended.out
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["trained.json", "trained.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["trained.json", "trained.jsonl", "trained.safetensors"]
     card = json.loads(Path("trained.json").read_text())
     protocol = card["protocol"]
     assert protocol["options"] == asdict(FPQ(p=0.3, csd=2.0))  # also those that are the defaults of today

@@ -11,7 +11,16 @@ from planish.cli.options import Run
 from planish.errors import PlanishError
 from planish.recipes.arms import ARMS, arm_settings
 from planish.recipes.check import MAX_SEED, check_run
-from planish.recipes.config import ModelOptions, NoiseOptions, RunConfig, TrainOptions, flat_dict, from_flat_dict
+from planish.recipes.config import (
+    FREE,
+    ModelOptions,
+    NoiseOptions,
+    RecordOptions,
+    RunConfig,
+    TrainOptions,
+    flat_dict,
+    from_flat_dict,
+)
 from planish.report.folder import RunFolder
 from planish.training.engine import step_seed
 
@@ -24,6 +33,8 @@ def test_settings_survive_the_file(tmp_path):
     run.write_config({**flat_dict(config), "checkpoint": "00"})
     assert from_flat_dict(RunConfig, run.read_config()) == config
     assert from_flat_dict(RunConfig, flat_dict(RunConfig())) == RunConfig()
+    older = {k: v for k, v in flat_dict(config).items() if k not in FREE}  # on which no number depends
+    assert from_flat_dict(RunConfig, older) == config
     with pytest.raises(KeyError, match="epochs"):
         from_flat_dict(RunConfig, {k: v for k, v in flat_dict(config).items() if k != "epochs"})
 
@@ -31,7 +42,7 @@ def test_settings_survive_the_file(tmp_path):
 def test_no_two_settings_share_a_name():
     assert len(flat_dict(RunConfig())) == 4 + sum(
         len(part.__dataclass_fields__)
-        for part in (ModelOptions, TrainOptions, NoiseOptions, type(RunConfig().quantize))
+        for part in (ModelOptions, TrainOptions, NoiseOptions, type(RunConfig().quantize), RecordOptions)
     )
 
 

@@ -64,7 +64,8 @@ def test_the_run_folder_is_written_once(printed, folder):
     assert sum(event["event"] == "pass" for event in events) == 3 * len(ARMS)
     assert json.loads((folder / "whole" / "results.json").read_text())["protocol"]["processes"] == 2
     assert {path.name for path in folder.iterdir() if path.is_file()} == {
-        "tiny.py", "flat.safetensors", "small.safetensors", "trained.safetensors", "trained.json",
+        "tiny.py", "trained.json",
+        *(f"{name}.{end}" for name in ("flat", "small", "trained") for end in ("safetensors", "jsonl")),
     }  # fmt: skip
 
 

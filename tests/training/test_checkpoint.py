@@ -45,7 +45,13 @@ def test_nested_state_round_trip():
     assert len(tensors) == 3
 
 
-@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("No space left")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+    ],
+)
 def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, error):
     first = trained(tmp_path / "c")
 
@@ -54,7 +60,7 @@ def test_full_disk_keeps_the_previous_checkpoint(tmp_path, monkeypatch, error):
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full)
-        with pytest.raises(PlanishError, match=r"No space left.*previous one is kept"):
+        with pytest.raises(PlanishError, match=r"the disk is full: make room; the previous one is kept"):
             trained(tmp_path / "c")
     assert [path.name for path in tmp_path.iterdir()] == ["c"]
     again = trained(tmp_path / "c", seed=4, resume=True)
@@ -130,3 +136,77 @@ def test_an_incomplete_folder_is_no_checkpoint(tmp_path):
     assert not checkpoint.exists(tmp_path / "c")
     model = trained(tmp_path / "c", resume=True)
     assert tiny.same(model, trained(None))
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(step):
+    def progress(now, steps, loss):
+        if now == step:
+            raise Killed
+
+    return progress
+
+
+@pytest.mark.parametrize("step", [2, 5, 8])
+def test_between_two_epochs_a_checkpoint_is_written_when_it_is_due(tmp_path, step):
+    """After kill -9 the steps since the last one are computed again, to the identical result."""
+    whole = trained(None, epochs=2)
+    with pytest.raises(Killed):
+        trained(tmp_path / "c", epochs=2, checkpoint_minutes=0, progress=killed_at(step))
+    reached = []
+    again = trained(
+        tmp_path / "c", epochs=2, resume=True, seed=4, progress=lambda now, steps, loss: reached.append(now)
+    )
+    assert reached[0] == step  # computed, but not saved yet when it was killed
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), whole.state_dict().values(), strict=True))
+
+
+def test_it_is_due_after_so_many_minutes(tmp_path, monkeypatch):
+    from planish.training import loop
+
+    saved, now = [], [0.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(checkpoint, "save", lambda *args, **_: saved.append((now[0] / 60, args[5])))
+
+    def progress(step, steps, loss):
+        now[0] += 4 * 60
+
+    trained(tmp_path / "c", epochs=2, progress=progress)
+    # every ten minutes, counted from the last one, and after each epoch of six steps
+    assert saved == [(12, 3), (24, 6), (36, 9), (48, 12)]
+    saved.clear()
+    trained(tmp_path / "c", epochs=1, progress=progress, checkpoint_minutes=3)
+    assert [step for _, step in saved] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_stop_at_the_end_of_an_epoch_leaves_its_line(tmp_path):
+    from planish.training import Interrupted
+
+    steps, lines = [], []
+    with pytest.raises(Interrupted):
+        trained(
+            tmp_path / "c", epochs=2, log=lines.append, progress=lambda *at: steps.append(at),
+            should_stop=lambda: len(steps) == tiny.STEPS,
+        )  # fmt: skip
+    assert [line["epoch"] for line in lines if line["event"] == "epoch"] == [1]
+    trained(tmp_path / "c", epochs=2, log=lines.append, resume=True)
+    assert [line["epoch"] for line in lines if line["event"] == "epoch"] == [1, 2]
+
+
+def test_what_can_be_followed_is_told_every_twenty_steps(monkeypatch):
+    lines = []
+    trained(None, epochs=4, log=lines.append)
+    steps = [line for line in lines if line["event"] == "step"]
+    assert [line["step"] for line in steps] == [20, 24]
+    settings = tiny.settings(epochs=4)
+    for line in steps:
+        assert line.keys() == {"event", "step", "loss", "lr", "weight_noise", "activation_noise"}
+        assert 0 < line["weight_noise"] < 1
+        assert line["activation_noise"] > 0
+        peak = steps[0]["lr"] / settings.learning_rate(19, 24, 1.0)
+        assert line["lr"] == pytest.approx(settings.learning_rate(line["step"] - 1, 24, peak))
+    assert lines[-1]["event"] == "epoch"
+    assert lines[-1]["loss"] == steps[-1]["loss"]

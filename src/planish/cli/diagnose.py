@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from planish.cli.ended import saying_what_is_kept
 from planish.cli.options import Diagnose
 from planish.cli.resume import check_trust, fresh_name, trusting
 from planish.errors import PlanishError
@@ -62,11 +63,13 @@ def _run_folder(command: Diagnose, config: DiagnosisConfig) -> None:
     arms.sort(key=lambda arm: ARMS.index(arm) if arm in ARMS else len(ARMS))
     console = make_console()
     networks: dict[str, Path | None] = {arm: folder.path(f"{arm}.safetensors") for arm in arms}
+    again = shlex.join(["planish", "diagnose", command.network, *trusting(config.models.model)])
+    kept = f"what was done is kept, the same command goes on: {again}"
     try:
-        results = diagnose(config, networks, folder, console=console)
+        with saying_what_is_kept(lambda: kept, config.models.batch_size):
+            results = diagnose(config, networks, folder, console=console)
     except KeyboardInterrupt:
-        again = shlex.join(["planish", "diagnose", command.network, *trusting(config.models.model)])
-        raise KeyboardInterrupt(f"interrupted; what was done is kept, the same command goes on: {again}") from None
+        raise KeyboardInterrupt(f"interrupted; {kept}") from None
     _conclude(results, folder.final, console)
 
 
@@ -89,16 +92,22 @@ def _model(command: Diagnose, config: DiagnosisConfig) -> None:
     for path in map(Path, sorted(against)):
         networks[path.stem if path.stem not in networks else f"{path.parent.name}/{path.stem}"] = path
     console = make_console()
+    again = shlex.join(["planish", "diagnose", "--resume", "--out", str(out), *trusting(config.models.model)])
+
+    def kept() -> str:
+        there = folder.partial.exists()
+        return f"what was done is kept, continue with: {again}" if there else "nothing was done yet"
+
     try:
-        folder.write_config({**flat_dict(config), "against": sorted(against)})
-        results = diagnose(config, networks, folder, console=console)
+        with saying_what_is_kept(kept, config.models.batch_size):
+            folder.write_config({**flat_dict(config), "against": sorted(against)})
+            results = diagnose(config, networks, folder, console=console)
     except PlanishError:
         if not folder.path("results.json").exists() and not command.resume:
             shutil.rmtree(folder.partial, ignore_errors=True)
         raise
     except KeyboardInterrupt:
-        again = shlex.join(["planish", "diagnose", "--resume", "--out", str(out), *trusting(config.models.model)])
-        raise KeyboardInterrupt(f"interrupted; what was done is kept, continue with: {again}") from None
+        raise KeyboardInterrupt(f"interrupted; {kept()}") from None
     _conclude(results, folder.finish(), console)
 
 

@@ -14,6 +14,17 @@ def check_target(path: Path, overwrite: bool) -> None:
     on_main(lambda: check_file(path, overwrite))
 
 
+def check_beside(out: Path, beside: Path, what: str, overwrite: bool, going_on: bool) -> None:
+    """The same for a second file that a command writes beside ``out``; one that is going on may have written it."""
+    if beside == out:
+        raise PlanishError(f"--out {out} is where {what} goes: give another name, such as {out.stem}.safetensors")
+    if on_main(lambda: beside.is_dir() or (beside.exists() and not overwrite and not going_on)):
+        raise PlanishError(
+            f"--out {out}: {what} goes into {beside}, which is already there; give another name"
+            + ("" if beside.is_dir() else ", or --overwrite to replace it")
+        )
+
+
 def check_file(path: Path, overwrite: bool) -> None:
     """The same, asked by a command that is one process."""
     folder = path.parent

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
+from planish.cli.ended import about_memory
 from planish.errors import PlanishError, printable
 
 INTERRUPTED = 130
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_OUT_OF_MEMORY = "out of memory: try a smaller --batch-size, or fewer --calibration-images"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,11 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     try:
         command = _parse(arguments)
+        from planish.recipes.presence import present
+
         module = import_module(f"planish.cli.{type(command).__name__.lower()}")  # what is heavy is imported here
         for number in _SIGNALS:  # only where entry() has set them
             if signal.getsignal(number) is _leave:
                 signal.signal(number, _interrupt)
-        status = module.execute(command) or 0
+        with present():
+            status = module.execute(command) or 0
         sys.stdout.flush()
     except PlanishError as error:
         return _fail(_as_options(str(error)))
@@ -43,14 +46,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except MemoryError:
-        return _fail(_OUT_OF_MEMORY)
     except OSError as error:
         return _fail(f"{error.filename or 'a file'}: {error.strerror or error}; what was written before is kept")
-    except RuntimeError as error:
-        if not re.search(r"out of memory|can't allocate memory", str(error), re.IGNORECASE):
+    except (MemoryError, RuntimeError) as error:
+        text = about_memory(error)
+        if text is None:
             raise
-        return _fail(_OUT_OF_MEMORY)
+        return _fail(text)
     return status
 
 

@@ -14,6 +14,7 @@ from planish.recipes.config import (
     NoiseOptions,
     OptionalPath,
     QuantizeOptions,
+    RecordOptions,
     RunConfig,
     TrainOptions,
 )
@@ -53,6 +54,7 @@ class Flatten:
     models: ModelOptions = field(default_factory=ModelOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
+    record: RecordOptions = field(default_factory=RecordOptions)
     allow: Annotated[tuple[str, ...], arg(metavar="PATTERN [PATTERN ...]", help_behavior_hint="")] = ()
     """patterns of products that may stay in float"""
 
@@ -105,6 +107,7 @@ class Train:
     models: ModelOptions = field(default_factory=ModelOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+    record: RecordOptions = field(default_factory=RecordOptions)
 
 
 @dataclass(frozen=True)

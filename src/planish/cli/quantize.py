@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from planish.cli.files import check_target
+from planish.cli.ended import saying_what_is_kept
+from planish.cli.files import check_beside, check_target
 from planish.cli.options import Quantize
 from planish.deploy.checkpoint import save
 from planish.errors import PlanishError
@@ -18,16 +21,20 @@ from planish.ptq.assign_bits import AssignBits, limit_of, with_bits
 from planish.ptq.budget import Budget, say_cost
 from planish.ptq.widths import total_bit_operations
 from planish.recipes.check import check_run
-from planish.recipes.config import RunConfig
-from planish.recipes.material import prepare
+from planish.recipes.config import RunConfig, flat_dict
+from planish.recipes.kept import Kept, log_beside
+from planish.recipes.material import Material, prepare
 from planish.recipes.passes import chosen_passes
 from planish.recipes.processes import is_main, make_console
-from planish.recipes.session import free_cores, say
+from planish.recipes.session import free_cores, say, stoppable
 from planish.recipes.work import Work, duration
 
 
 def execute(command: Quantize) -> None:
-    """Quantize, print what became of every site, and write the file."""
+    """Quantize, print what became of every site, and write the file; an interrupted one goes on when it is given again.
+
+    What a method learns is kept unit by unit until the file is written.
+    """
     config = RunConfig(
         arms=("given",),
         schemes=(command.scheme,),
@@ -38,19 +45,43 @@ def execute(command: Quantize) -> None:
     config = check_run(config)
     check_target(command.out, command.overwrite)
     bits = _assign_bits(command)
-    console = make_console()
-    torch.set_num_threads(command.models.threads or free_cores())
-    material = prepare(config, console)
+    console, kept = make_console(), Kept(command.out)
+    before = kept.before()
+    check_beside(command.out, log_beside(command.out), "the log", command.overwrite, bool(before))
+    threads = command.models.threads or int(before.get("threads", 0)) or free_cores()
+    command = replace(command, models=replace(command.models, threads=threads))
+    torch.set_num_threads(threads)
+    with stoppable():
+        material = prepare(config, console)
+        now = {**flat_dict(command), **material.fingerprint()}
+        kept.begin(now)
+        with (
+            saying_what_is_kept(kept.describe, command.models.batch_size), kept.interruptible(),
+            kept.tracked((), now, console) as tell,
+        ):  # fmt: skip
+            _quantize(command, config.schemes[0], material, bits, kept, console, tell)
+    kept.drop()
 
-    scheme, method, loaded = config.schemes[0], command.method, material.loaded
+
+def _quantize(
+    command: Quantize, scheme: str, material: Material, bits: AssignBits | None, kept: Kept, console: Console,
+    tell: Callable[[dict[str, Any]], None],
+) -> None:  # fmt: skip
+    method, loaded = command.method, material.loaded
     passes = chosen_passes(method, command.quantize, command.models.seed)
     if bits is not None:
         passes = with_bits(passes, bits)
+
+    def log(event: dict[str, Any]) -> None:
+        tell(event)
+        _say(console, event)
+
     with Work([(method, 1.0)], console) as work:
-        work.begin(f"{loaded.name} at {scheme} by {method}")
+        verb = "going on with " if kept.holds_state() else ""
+        work.begin(f"{verb}{loaded.name} at {scheme} by {method}")
         model = quantize(
             loaded.model, material.calibration, scheme, passes, allow=command.quantize.allow,
-            log=lambda event: _say(console, event), progress=work.at,
+            checkpoint_dir=kept.state, resume=True, log=log, progress=work.at,
         )  # fmt: skip
         work.end()
     console.print()
@@ -62,6 +93,7 @@ def execute(command: Quantize) -> None:
     }  # fmt: skip
     if bits is not None:
         protocol |= {"budget": bits.budget, "budget_activations": bits.activations}
+    kept.finish_log()
     if is_main():
         save(model, command.out, protocol=protocol, classes=material.classes)
     say(console, f"{command.out}: {scheme} by {method}; {weights_megabytes(model):.3f} MB of weights at their bits")

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from planish.cli.files import check_target
+from planish.cli.ended import saying_what_is_kept
+from planish.cli.files import check_beside, check_target
 from planish.cli.options import Train
 from planish.data import load_unlabelled, make_loader
 from planish.deploy.checkpoint import save
@@ -23,7 +24,7 @@ from planish.qat.options import changed_options, with_options
 from planish.qat.oscillation import oscillation_report
 from planish.recipes.check import check_run
 from planish.recipes.config import ModelOptions, RunConfig, flat_dict
-from planish.recipes.kept import Kept
+from planish.recipes.kept import Kept, log_beside
 from planish.recipes.material import prepare, tell_replaced, watch_images
 from planish.recipes.processes import is_main, make_console, on_main
 from planish.recipes.quantized import QuantizedTraining, check_start, read_start, split_epochs
@@ -37,8 +38,8 @@ def execute(command: Train) -> None:
     """Train, measure float, rounded and trained, and write the quantized model with its protocol."""
     command, config, method = _checked(command)
     flat_epochs = split_epochs(command.start, command.flat_epochs, command.train.epochs)
-    card = _check_targets(command)
     console, kept = make_console(), Kept(command.out)
+    card = _check_targets(command, bool(kept.before()))
     threads = command.models.threads or int(kept.before().get("threads", 0)) or free_cores()
     command = replace(command, models=replace(command.models, threads=threads))
     torch.set_num_threads(threads)
@@ -48,16 +49,21 @@ def execute(command: Train) -> None:
         unlabelled, found = _unlabelled(command, material.loaded, console)
         found |= {} if start is None else {"start_checkpoint": state_hash(start)}
         now = {**flat_dict(command), **material.fingerprint(), **found}
-        kept.begin({key: value for key, value in now.items() if key not in ("out", "overwrite", "network")})
+        kept.begin({key: value for key, value in now.items() if key != "network"})
         going_on = on_main(kept.holds_state)
         training = QuantizedTraining(
             material, command.scheme, method, command.train, command.train.epochs - flat_epochs, flat_epochs,
             command.models.seed, command.quantize.allow, start, unlabelled, kept, stop,
+            command.record.checkpoint_minutes,
         )  # fmt: skip
         if not going_on:
             training.estimate(console)
         began = time.perf_counter()
-        with kept.interruptible(), Work(_stages(training), console) as work:
+        with (
+            saying_what_is_kept(kept.describe, command.models.batch_size), kept.interruptible(),
+            kept.tracked(command.record.track, now, console) as training.log,
+            Work(_stages(training), console) as work,
+        ):  # fmt: skip
             if flat_epochs:
                 if not going_on:
                     training.rehearse()
@@ -71,16 +77,19 @@ def execute(command: Train) -> None:
             seconds = time.perf_counter() - began
             work.begin("measuring")
             rows = training.measure(trained)
+            for row in rows:
+                training.log({"event": "result", "arm": row["name"], **row})
             work.end()
-        lost = tell_replaced(material, console)
-        protocol = {**_protocol(command, method, training), **found, **lost, "rows": rows}
-        if not going_on:  # else nobody has measured how long it took in all
-            protocol["seconds"] = round(seconds, 1)
-        oscillation = _oscillation(training, trained)
-        if is_main():
-            save(trained, command.out, protocol=protocol, classes=material.classes)
-            whole = {"protocol": protocol, "environment": environment(), "oscillation": oscillation}
-            write_text(card, json.dumps(whole, indent=2, default=str))
+            lost = tell_replaced(material, console)
+            protocol = {**_protocol(command, method, training), **found, **lost, "rows": rows}
+            if not going_on:  # else nobody has measured how long it took in all
+                protocol["seconds"] = round(seconds, 1)
+            oscillation = _oscillation(training, trained)
+            kept.finish_log()
+            if is_main():  # the model comes last: where it is, everything is
+                whole = {"protocol": protocol, "environment": environment(), "oscillation": oscillation}
+                write_text(card, json.dumps(whole, indent=2, default=str))
+                save(trained, command.out, protocol=protocol, classes=material.classes)
     kept.drop()
     _show(console, rows, oscillation)
     options = ", ".join(f"{name}={value}" for name, value in changed_options(method).items())
@@ -106,30 +115,22 @@ def _checked(command: Train) -> tuple[Train, RunConfig, Method]:
     config = check_run(
         RunConfig(
             arms=("tuned",), schemes=(command.scheme,), models=command.models, train=command.train,
-            quantize=command.quantize,
+            quantize=command.quantize, record=command.record,
         )
     )  # fmt: skip
     method = with_options(get_method(command.method), (text for texts in command.option for text in texts))
     if command.unlabelled and not method.takes_unlabelled:
         raise PlanishError(f"{method.name} takes no images without labels: leave --unlabelled out, or give --method cr")
     check_start(command.start)
-    return replace(command, scheme=config.schemes[0]), config, method
+    return replace(command, scheme=config.schemes[0], record=config.record), config, method
 
 
-def _check_targets(command: Train) -> Path:
+def _check_targets(command: Train, going_on: bool) -> Path:
     """Where the protocol goes; raises :class:`PlanishError` if it or the model cannot be written."""
     check_target(command.out, command.overwrite)
     card = command.out.with_suffix(".json")
-    if card == command.out:
-        raise PlanishError(
-            f"--out {command.out} is where the protocol goes: give another name, such as "
-            f"{command.out.with_suffix('.safetensors')}"
-        )
-    if on_main(lambda: card.is_dir() or (card.exists() and not command.overwrite)):
-        raise PlanishError(
-            f"--out {command.out}: its protocol goes into {card}, which is already there; give another name"
-            + ("" if card.is_dir() else ", or --overwrite to replace it")
-        )
+    check_beside(command.out, card, "the protocol", command.overwrite, going_on)
+    check_beside(command.out, log_beside(command.out), "the log", command.overwrite, going_on)
     return card
 
 

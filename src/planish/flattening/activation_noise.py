@@ -267,6 +267,14 @@ class ActivationNoise(Ingredient):
     def eager(self, run: Run) -> bool:
         return any(tap.on or tap.measuring for tap in self.taps.values())
 
+    def report(self, run: Run) -> dict[str, float]:
+        """``activation_noise``: the standard deviation of the error of rounding, the root mean square over the sites
+        that have been measured under the scheme of this step; absent while there is none."""
+        sizes = [tap.recorder.variance.mean() for tap in self.taps.values() if tap.recorder.grid is not None]
+        if not sizes or self.kind == "none":
+            return {}
+        return {"activation_noise": float(torch.stack(sizes).mean().clamp(min=0).sqrt())}
+
     def finish(self, run: Run) -> None:
         detach(run.model)
         self.taps, self.by_layer = {}, defaultdict(list)

@@ -33,6 +33,7 @@ from planish.training import (
     train,
 )
 from planish.training.engine import equalize_buffers, step_seed
+from planish.training.loop import CHECKPOINT_MINUTES
 
 
 @dataclass(frozen=True)
@@ -131,6 +132,7 @@ def flatten(
     seed: int | None = None,
     allow: Iterable[str] = (),
     checkpoint_dir: Path | None = None,
+    checkpoint_minutes: float = CHECKPOINT_MINUTES,
     resume: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
@@ -145,7 +147,7 @@ def flatten(
             schemes' errors are measured and imitated.
         settings: what noise, what objective, how long; ``epochs`` and ``seed`` override its training settings.
         allow: shell patterns of products that may stay in float.
-        checkpoint_dir, resume, progress, log, should_stop: as in :func:`planish.training.train`.
+        checkpoint_dir, checkpoint_minutes, resume, progress, log, should_stop: as in :func:`planish.training.train`.
 
     Returns:
         A network of the same class with the same state_dict keys: clean weights, in evaluation mode. Without noise,
@@ -175,8 +177,8 @@ def flatten(
             plans = [assign(watched, one, allow=allow) for one in schemes]
     ingredients = make_ingredients(settings, model, plans)
     train(
-        flat, loader, ingredients, training, accelerator=accelerator, checkpoint_dir=checkpoint_dir, resume=resume,
-        progress=progress, log=log, should_stop=should_stop,
+        flat, loader, ingredients, training, accelerator=accelerator, checkpoint_dir=checkpoint_dir,
+        checkpoint_minutes=checkpoint_minutes, resume=resume, progress=progress, log=log, should_stop=should_stop,
     )  # fmt: skip
     if training.epochs and (settings.perturbs or settings.averages) and not training.freeze_batchnorm:
         # the same batches in every process, also where the loader shuffles by the global generator

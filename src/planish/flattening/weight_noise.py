@@ -153,6 +153,15 @@ class WeightNoise(Ingredient):
             noise = [part_like(d, p) for d, p in zip(self.draw(), self.parameters, strict=True)]
             torch._foreach_add_([local(p.detach()) for p in self.parameters], noise)
 
+    def report(self, run: Run) -> dict[str, float]:
+        """``weight_noise``: the error of rounding, under the scheme of this step, as a share of the weights (both by
+        their root mean squares), times the gain; absent until it has been measured."""
+        if self.level.measured < 0 or self.kind == "none":
+            return {}
+        errors = [r.variance.expand_as(p).sum() for p, r in zip(self.parameters, self.recorders, strict=True)]
+        squares = [p.detach().square().sum() for p in self.parameters]
+        return {"weight_noise": self.gain * math.sqrt(float(sum(errors)) / max(float(sum(squares)), 1e-30))}
+
     def state_dict(self) -> dict[str, Any]:
         levels = [[level.measured, [r.state_dict() for r in level.recorders]] for level in self.levels]
         return {"levels": levels, "pool": self.pool.state_dict(), "previous": self.previous}

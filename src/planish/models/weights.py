@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import hashlib
 import os
 import pickle
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish.errors import PlanishError
+from planish.errors import NotWritten, PlanishError, why_not_written
 
 _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
@@ -125,7 +124,7 @@ def save_weights(
     Tied tensors are written once for each of their keys, non-contiguous ones contiguous.
 
     Raises:
-        PlanishError: when the file cannot be written (full disk, missing folder, no permission); what was at ``path``
+        NotWritten: when the file cannot be written (full disk, missing folder, no permission); what was at ``path``
             is then still there.
     """
     from safetensors.torch import save
@@ -146,7 +145,7 @@ def write_whole(path: Path, content: bytes, check: Callable[[Path], None] | None
     """Write a file under a temporary name, which is moved into place when it is complete and ``check`` has passed.
 
     Raises:
-        PlanishError: when the file cannot be written (full disk, missing folder, no permission); what was at ``path``
+        NotWritten: when the file cannot be written (full disk, missing folder, no permission); what was at ``path``
             is then still there.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -160,7 +159,6 @@ def write_whole(path: Path, content: bytes, check: Callable[[Path], None] | None
             check(temporary)
         os.replace(temporary, path)
     except OSError as error:
-        why = "the disk is full: free some space" if error.errno == errno.ENOSPC else error.strerror or str(error)
-        raise PlanishError(f"{path} could not be written: {why}") from error
+        raise NotWritten(f"{path} could not be written: {why_not_written(error)}") from error
     finally:
         temporary.unlink(missing_ok=True)

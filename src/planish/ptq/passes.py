@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from planish.network import Assignment, assign, detach, watch
 from planish.network.batches import call_model, first_image, logits_of
+from planish.ptq.journal import Journal
 from planish.scheme import Scheme
 
 
@@ -30,6 +31,8 @@ class Calibration:
     float_twin: nn.Module | None = None  # the network in float, with the layers that it has now; see ptq/outputs.py
     tell: Callable[[dict[str, Any]], None] = lambda line: None  # hears every line of the log as it is written
     progress: Callable[[float], None] = lambda share: None  # of the pass that is running
+    journal: Journal = field(default_factory=Journal)  # what an interrupted quantization had done
+    place: int = 0  # of the running pass in the list
 
     def record(self, **line: Any) -> None:
         """Write a line into the log."""
@@ -73,7 +76,7 @@ def measure(calibration: Calibration) -> dict[str, float]:
 def run_passes(calibration: Calibration, passes: Sequence[Pass]) -> None:
     """Apply the passes in order; each leaves a line in the log with what it changed and how long it took."""
     before = measure(calibration)
-    for step in passes:
+    for calibration.place, step in enumerate(passes):
         began = time.perf_counter()
         step(calibration)
         seconds = time.perf_counter() - began

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from planish.errors import PlanishError
 from planish.network import assign, watch
 from planish.network.batches import first_image, split_batch, to_device
 from planish.network.faults import BadBatch, going_through, sound
+from planish.ptq.journal import Journal, fingerprint
 from planish.ptq.methods import get_method
 from planish.ptq.passes import Calibration, Pass, run_logits, run_passes
 from planish.scheme import Scheme
@@ -25,6 +27,8 @@ def quantize(
     method: str | Sequence[Pass] = "rtn",
     *,
     allow: Iterable[str] = (),
+    checkpoint_dir: Path | None = None,
+    resume: bool = False,
     log: Callable[[dict[str, Any]], None] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> nn.Module:
@@ -36,6 +40,8 @@ def quantize(
         scheme: ``"w4a4"`` and the like, or a :class:`~planish.scheme.Scheme`.
         method: the name of a method, or a list of passes.
         allow: shell patterns of products that may stay in float.
+        checkpoint_dir: folder in which methods that learn keep each unit that is done; it is left there.
+        resume: take what is done from ``checkpoint_dir``; the result is that of an uninterrupted quantization.
         log: receives one record per pass, as it ends (loss and agreement before and after, seconds), and what passes
             have to say in between.
         progress: called with the share that is done of a pass that takes long.
@@ -46,7 +52,7 @@ def quantize(
 
     Raises:
         PlanishError: no calibration image, a batch that holds NaN or that the model cannot take, an unknown scheme or
-            method, a product that no tap covers, values that are not finite.
+            method, a product that no tap covers, values that are not finite, a ``checkpoint_dir`` of another quantization.
     """
     scheme = Scheme.parse(scheme)
     passes = get_method(method).passes() if isinstance(method, str) else list(method)
@@ -58,6 +64,9 @@ def quantize(
     patterns = (allow,) if isinstance(allow, str) else tuple(allow)
     plan = assign(watch(twin, first_image(batches[0])), scheme, allow=patterns)
     work = Calibration(twin, batches, plan, _reference(twin, batches), given=model, allow=patterns)
+    if checkpoint_dir is not None:
+        settings = fingerprint(scheme.describe(), passes, work.reference)
+        work.journal = Journal(checkpoint_dir, resume=resume, settings=settings)
     work.tell, work.progress = log or work.tell, progress or work.progress
     run_passes(work, passes)
     work.model.planish_assignment = work.assignment  # type: ignore[assignment]

@@ -108,15 +108,19 @@ class Reconstruct(Settings):
                 calibration.note(self.name, f"{unit.name} cannot be run alone: its weights are rounded to nearest")
                 continue
             if index in units:
-                suffix = Suffix(flow, index, *suffix_parts) if suffix_parts else None
                 work = UnitLearning(self, learner, calibration, flow, index, data)
-                before, after = work.learn(make_objective(self.loss, flow, index, data, suffix))
-                done = units.index(index) + 1
-                calibration.record(
-                    event="unit", **{"pass": self.name}, unit=unit.name, before=before, after=after,
-                    seconds=time.perf_counter() - began,
-                )  # fmt: skip
-                calibration.progress(done / len(units))
+                kept = f"{calibration.place}-{self.name}-{index}"
+                if (done := calibration.journal.get(kept)) is not None:
+                    work.restore(done)
+                else:
+                    suffix = Suffix(flow, index, *suffix_parts) if suffix_parts else None
+                    before, after = work.learn(make_objective(self.loss, flow, index, data, suffix))
+                    calibration.journal.put(kept, work.outcome())
+                    calibration.record(
+                        event="unit", **{"pass": self.name}, unit=unit.name, before=before, after=after,
+                        seconds=time.perf_counter() - began,
+                    )  # fmt: skip
+                calibration.progress((units.index(index) + 1) / len(units))
             flow.advance(index, data)
 
     def _estimate(self, calibration: Calibration, flow: Flow, share: float) -> None:

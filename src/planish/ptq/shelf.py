@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from planish.errors import NotWritten, why_not_written
 
 _FLOAT = 4  # bytes of a value
 
@@ -26,14 +29,37 @@ class Shelf:
         self._files = 0
 
     def room(self, rows: int, shape: Sequence[int]) -> Tensor:
-        """A tensor of (rows, *shape) with arbitrary values."""
+        """A tensor of (rows, *shape) with arbitrary values.
+
+        Raises:
+            NotWritten: it goes into a file, and the disk has no room for it.
+        """
         count = rows * int(torch.Size(shape).numel())
         if self.held + count * _FLOAT <= self.memory:
             self.held += count * _FLOAT
             return torch.empty(rows, *shape)
         self._files += 1
         name = str(Path(self._folder.name) / f"{self._files}.bin")
+        self._claim(name, count * _FLOAT)
         return torch.from_file(name, shared=True, size=count, dtype=torch.float32).view(rows, *shape)
+
+    def _claim(self, name: str, size: int) -> None:
+        """Make a file whose room on the disk is taken: a mapped file that grows on a full disk kills the process."""
+        try:
+            descriptor = os.open(name, os.O_RDWR | os.O_CREAT)
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(descriptor, 0, size)
+                else:
+                    os.ftruncate(descriptor, size)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise NotWritten(
+                f"the caches of the calibration images take {size / 1e6:.0f} MB more than fit into memory, and "
+                f"{name} could not be written: {why_not_written(error)}, give fewer --calibration-images, more "
+                f"--memory, or another folder in the variable TMPDIR"
+            ) from error
 
     def give_back(self, tensor: Tensor) -> None:
         """The tensor is not needed any more."""

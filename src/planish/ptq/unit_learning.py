@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ from planish.quantizers import LearnedQuantizer, TrainableQuantizer, UniformQuan
 PENALTY = (
     0.01  # weight of the rounding penalty beside a loss that is 1 with nearest rounding, for a value of the output
 )
+
+_RANDOM = "random numbers"
 
 
 @dataclass(frozen=True)
@@ -202,3 +204,36 @@ class UnitLearning:
             replace_tap(self.model, site, tap.baked().to(self.device))
         for site, dropping in self.activations.values():
             replace_tap(self.model, site, dropping.quantizer.baked().to(self.device))
+
+    def outcome(self) -> dict[str, Tensor]:
+        """What was learned, for :meth:`restore`: weights, grids, and where the random numbers have come to."""
+        taps = dict(taps_of(self.model))
+        found: dict[str, Tensor] = {_RANDOM: torch.get_rng_state()}
+        for name, (site, _) in self.weights.items():
+            found[f"{name}/value"] = self._parameter(site).detach().clone()
+        for name in (*self.weights, *self.activations):
+            found |= {f"{name}/{key}": value.clone() for key, value in taps[name].state_dict().items()}
+        return found
+
+    @torch.no_grad()
+    def restore(self, outcome: Mapping[str, Tensor]) -> None:
+        """Leave the unit and the random numbers as :meth:`learn` left them.
+
+        Raises:
+            PlanishError: the outcome is not one of this unit.
+        """
+        sites = {site.name: site for site in self.sites}
+        try:
+            for name in dict.fromkeys(key.rpartition("/")[0] for key in outcome if key != _RANDOM):
+                site, old = sites[name], self.given[name]
+                if f"{name}/value" in outcome:
+                    self._parameter(site).copy_(outcome[f"{name}/value"])
+                tap = UniformQuantizer(old.format, channel_axis=(site.channel_axis or 0) if site.is_weight else 0)
+                tap.load_state_dict({key: outcome[f"{name}/{key}"] for key in ("scale", "zero_point")})
+                replace_tap(self.model, site, tap.to(self.device))
+            torch.set_rng_state(outcome[_RANDOM])
+        except (KeyError, RuntimeError) as error:
+            path = self.flow.units[self.index].name
+            raise PlanishError(
+                f"what was kept of {path} does not fit it ({error}): delete the checkpoint to start over"
+            ) from None

@@ -23,6 +23,7 @@ from planish.qat.upkeep import Upkeep
 from planish.scheme import Scheme
 from planish.training import Averaging, Ingredient, TrainingSettings, make_accelerator, train
 from planish.training.engine import begin_epoch, equalize_buffers
+from planish.training.loop import CHECKPOINT_MINUTES
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ def train_quantized(
     allow: Iterable[str] = (),
     extra: Iterable[Ingredient] = (),
     checkpoint_dir: Path | None = None,
+    checkpoint_minutes: float = CHECKPOINT_MINUTES,
     resume: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
@@ -77,7 +79,7 @@ def train_quantized(
         settings: how long, how fast; ``epochs`` and ``seed`` override its training settings.
         allow: shell patterns of products that may stay in float.
         extra: further ingredients, after those of the method.
-        checkpoint_dir, resume, progress, log, should_stop: as in :func:`planish.training.train`.
+        checkpoint_dir, checkpoint_minutes, resume, progress, log, should_stop: as in :func:`planish.training.train`.
 
     Returns:
         A quantized model like that of :func:`planish.quantize`: fixed grids, in evaluation mode, without gradients.
@@ -101,8 +103,8 @@ def train_quantized(
     if settings.averaging is not None and method.averaging_until > 0:
         ingredients.append(Averaging(settings.averaging, until=method.averaging_until))
     train(
-        student, loader, ingredients, training, accelerator=accelerator, checkpoint_dir=checkpoint_dir, resume=resume,
-        progress=progress, log=log, should_stop=should_stop,
+        student, loader, ingredients, training, accelerator=accelerator, checkpoint_dir=checkpoint_dir,
+        checkpoint_minutes=checkpoint_minutes, resume=resume, progress=progress, log=log, should_stop=should_stop,
     )  # fmt: skip
     if training.epochs and settings.averaging is not None and not training.freeze_batchnorm:
         begin_epoch(loader, 0, training.seed)  # the same batches in every process, and after an interruption

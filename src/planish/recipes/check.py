@@ -11,7 +11,8 @@ from planish.flattening.activation_noise import KINDS as ACTIVATION_KINDS
 from planish.flattening.weight_noise import KINDS as WEIGHT_KINDS
 from planish.ptq import get_method
 from planish.recipes.arms import ARMS
-from planish.recipes.config import ModelOptions, NoiseOptions, RunConfig, TrainOptions
+from planish.recipes.config import ModelOptions, NoiseOptions, RecordOptions, RunConfig, TrainOptions
+from planish.recipes.tracking import check_trackers
 from planish.scheme import Scheme
 
 MAX_SEED = 2**26 - 1  # the seed of a step is made of it and fits 64 bits
@@ -37,11 +38,20 @@ def check_run(config: RunConfig) -> RunConfig:
     schemes, prepare = _names(config.schemes), _names(config.prepare)
     if "flat" in config.arms and not (prepare or schemes):
         raise PlanishError("no scheme to flatten for: give --schemes, or --prepare")
-    return replace(config, schemes=schemes, prepare=prepare or schemes)
+    return replace(config, schemes=schemes, prepare=prepare or schemes, record=check_record(config.record))
 
 
 def _names(schemes: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(Scheme.parse(scheme).name for scheme in schemes))
+
+
+def check_record(options: RecordOptions) -> RecordOptions:
+    """The same, with trackers separated by commas told apart; raises PlanishError for one that cannot be used."""
+    if not options.checkpoint_minutes >= 0:
+        raise PlanishError(f"checkpoint-minutes is {options.checkpoint_minutes}: give a number of minutes from 0 on")
+    track = tuple(dict.fromkeys(part for text in options.track for part in text.split(",") if part))
+    check_trackers(track)
+    return replace(options, track=track)
 
 
 def check_models(options: ModelOptions) -> None:

@@ -82,6 +82,20 @@ class QuantizeOptions:
 
 
 @dataclass(frozen=True)
+class RecordOptions:
+    """What is kept and told while it goes on. No number depends on it, so a resumed run may change it."""
+
+    checkpoint_minutes: float = 10.0
+    """minutes after which a training saves its state within an epoch, beside the end of each"""
+    track: Annotated[tuple[str, ...], arg(metavar="TRACKER [TRACKER ...]", help_behavior_hint="")] = ()
+    """tensorboard, wandb, mlflow: write losses, noise and results there, too; nothing leaves this machine unless their
+    own variables say so (docs/tracking.md)"""
+
+
+FREE = tuple(item.name for item in fields(RecordOptions))
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """`planish run`: given -> arms -> schemes -> methods -> evaluation -> run folder."""
 
@@ -97,6 +111,7 @@ class RunConfig:
     train: TrainOptions = field(default_factory=TrainOptions)
     noise: NoiseOptions = field(default_factory=NoiseOptions)
     quantize: QuantizeOptions = field(default_factory=QuantizeOptions)
+    record: RecordOptions = field(default_factory=RecordOptions)
 
 
 @dataclass(frozen=True)
@@ -142,6 +157,6 @@ def from_flat_dict(kind: type[T], values: Mapping[str, Any]) -> T:
             found[item.name] = from_flat_dict(hint, values)
         elif item.name in values:
             found[item.name] = _typed(values[item.name], hint)
-        elif item.default is MISSING or item.default is not None:
+        elif item.name not in FREE and (item.default is MISSING or item.default is not None):
             raise KeyError(item.name)
     return kind(**found)

@@ -6,6 +6,8 @@ import copy
 import math
 import shutil
 import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +18,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from planish.deploy.checkpoint import save as save_checkpoint
-from planish.errors import PlanishError
+from planish.errors import NotWritten, PlanishError
 from planish.evaluation import evaluate, predict
 from planish.flattening import FlattenSettings
 from planish.models import fit_weights, read_weights, save_weights
@@ -24,12 +26,13 @@ from planish.network import ledger, weights_megabytes
 from planish.ptq import quantize
 from planish.recipes.arms import ARMS, arm_settings
 from planish.recipes.check import check_run
-from planish.recipes.config import RunConfig, flat_dict
+from planish.recipes.config import FREE, RunConfig, flat_dict
 from planish.recipes.estimate import plain_step, tell, worth_it
 from planish.recipes.material import Material, prepare, tell_replaced
 from planish.recipes.passes import chosen_passes, learning_cost
 from planish.recipes.processes import count_processes, is_main, make_console, on_main
 from planish.recipes.session import StopFlag, free_cores, say, stoppable
+from planish.recipes.tracking import Tracking
 from planish.recipes.trained import train_arm
 from planish.recipes.work import Work
 from planish.report.environment import environment, peak_memory_mb, protocol_card
@@ -65,14 +68,16 @@ def run(config: RunConfig, out: Path, *, resume: bool = False, console: Console 
             torch.set_num_threads(config.models.threads)
             material = prepare(config, console)
             settings = {**flat_dict(config), **material.fingerprint()}
-            on_main(lambda: folder.write_config(settings))
+            on_main(lambda: folder.write_config(settings, may_differ=("resume", "out", *FREE)))
             if material.data.skipped:
                 folder.log({"event": "images skipped", "reasons": material.data.skipped})
         except BaseException:
             if folder.active and not resume:
                 shutil.rmtree(folder.partial, ignore_errors=True)
             raise
-        results = _Journey(config, folder, material, console, stop).walk()
+        journey = _Journey(config, folder, material, console, stop)
+        with journey.tracked(settings):
+            results = journey.walk()
         folder.write_results(results)
         if folder.active:
             write_report(results, folder.path("report.html"))
@@ -114,6 +119,21 @@ class _Journey:
             self.seconds = previous["protocol"].get("seconds_training", {})
             self.replaced = {k: v for k, v in previous["protocol"].items() if k == "images_replaced"}
         self.work = Work(self._plan(), console)
+        self.tracking: Tracking | None = None
+
+    @contextmanager
+    def tracked(self, settings: Mapping[str, Any]) -> Iterator[None]:
+        """Inside, the trackers that were asked for hear every event."""
+        known = {**settings, **{k: v for k, v in self.protocol().items() if v is not None}}
+        names, place, console = self.config.record.track, self.folder.path("tracking"), self.work.console
+        with Tracking(names, place, self.folder.final.name, known, lambda text: say(console, text)) as self.tracking:
+            yield
+
+    def tell(self, event: Mapping[str, Any]) -> None:
+        """A line of the log, which trackers hear, too."""
+        self.folder.log(event)
+        if self.tracking is not None:
+            self.tracking(event)
 
     def _plan(self) -> list[tuple[str, float]]:
         """The stages and their cost in training images."""
@@ -191,8 +211,11 @@ class _Journey:
                 self.material, self.config.prepare, settings, allow=self.config.quantize.allow, checkpoint=checkpoint,
                 resume=self.folder.resumed, stop=self.stop, progress=self.work.at,
                 last_good=self.folder.path(f"{name}-last-good.safetensors"),
-                log=lambda event: self.folder.log({"arm": name, **event}),
+                checkpoint_minutes=self.config.record.checkpoint_minutes,
+                log=lambda event: self.tell({"arm": name, **event}),
             )  # fmt: skip
+        except NotWritten as error:
+            raise NotWritten(f"{name}: {error}") from error
         except PlanishError as error:
             raise PlanishError(f"{name}: {error}; what was done before is kept in {self.folder.partial}") from None
         self.replaced = tell_replaced(self.material, self.work.console) or self.replaced
@@ -220,12 +243,13 @@ class _Journey:
             self.work.end(measured=False)
             return known["top1"]
         began = time.perf_counter()
+        unfinished = self.folder.path("checkpoint") / f"{arm}-{scheme}-{method}"  # of a method that learns for long
         if scheme != "fp32":
             model = quantize(
                 model, self.material.calibration, scheme,
                 chosen_passes(method, self.config.quantize, self.config.models.seed),
-                allow=self.config.quantize.allow, log=lambda event: self.folder.log({**key, **event}),
-                progress=self._each_share,
+                allow=self.config.quantize.allow, log=lambda event: self.tell({**key, **event}),
+                progress=self._each_share, checkpoint_dir=unfinished, resume=self.folder.resumed,
             )  # fmt: skip
             if self.folder.active:
                 self._save(model, f"{arm}-{scheme}-{method}.safetensors", key)
@@ -238,7 +262,10 @@ class _Journey:
             "peak_memory_mb": peak_memory_mb(self.material.device), "weights_mb": round(weights_megabytes(model), 4),
         }  # fmt: skip
         self.rows.append({k: v for k, v in row.items() if v is not None})
+        self.tell({"event": "result", **self.rows[-1]})
         self.folder.write_results(self.results())
+        if self.folder.active:
+            shutil.rmtree(unfinished, ignore_errors=True)
         self.work.end()
         return worth["top1"]
 

@@ -31,6 +31,7 @@ from planish.recipes.processes import count_processes, is_main, on_main
 from planish.recipes.session import StopFlag
 from planish.recipes.trained import keeping, train_arm
 from planish.training import TrainingSettings
+from planish.training.loop import CHECKPOINT_MINUTES
 
 STARTS = ("given", "flat")
 FLAT_SHARE = 0.9  # what a step of flattening costs, in steps with learned quantizers (docs/training.md, flattening.md)
@@ -100,6 +101,7 @@ class QuantizedTraining:
     Attributes:
         epochs: of the quantized network; ``flat_epochs`` come before them.
         start: what :func:`read_start` gave.
+        log: receives the events of the training; those of a flat start have the arm ``flat``.
         unlabelled: a loader of images without labels, for a method that takes them.
     """
 
@@ -115,6 +117,8 @@ class QuantizedTraining:
     unlabelled: Any
     kept: Kept
     stop: StopFlag
+    checkpoint_minutes: float = CHECKPOINT_MINUTES
+    log: Callable[[dict[str, Any]], None] = lambda event: None
 
     def __post_init__(self) -> None:
         self.tracker = OscillationTracker(report_at=self.method.averaging_until)
@@ -167,6 +171,7 @@ class QuantizedTraining:
         self.start = train_arm(
             self.material, (self.scheme,), settings, allow=self.allow, checkpoint=self.kept.folder / "flat",
             resume=True, stop=self.stop, progress=progress, last_good=self.kept.last_good,
+            checkpoint_minutes=self.checkpoint_minutes, log=lambda event: self.log({"arm": "flat", **event}),
         )  # fmt: skip
         if is_main():
             save_weights(self.start, done, {"format": "pt"})
@@ -176,12 +181,13 @@ class QuantizedTraining:
         given = self.material.loaded.model
         start = given if self.start is None else self.start.to(self.material.device)
         set_epoch(self.material.train, 0)
-        with self.stop.gently(), keeping(self.kept.last_good, self.kept.state):
+        with self.stop.gently(), keeping(self.kept.last_good):
             return train_quantized(
                 start, self.material.train, self.scheme, self.method, given=given,
                 calibration=self.material.calibration, unlabelled=self.unlabelled, settings=self.settings,
                 allow=self.allow, extra=[self.tracker], checkpoint_dir=self.kept.state, resume=True,
-                should_stop=self.stop, progress=lambda step, steps, loss: progress(step / steps),
+                checkpoint_minutes=self.checkpoint_minutes, log=self.log, should_stop=self.stop,
+                progress=lambda step, steps, loss: progress(step / steps),
             )  # fmt: skip
 
     def measure(self, trained: nn.Module) -> list[dict[str, Any]]:

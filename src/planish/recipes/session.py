@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 
 from planish.errors import printable
+from planish.recipes.presence import is_lost_connection
 from planish.recipes.processes import is_main, on_main
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -97,7 +98,9 @@ def stoppable() -> Iterator[StopFlag]:
             signal.signal(number, handler)
     try:
         yield flag
-    except RuntimeError:
+    except RuntimeError as error:
+        if is_lost_connection(error):
+            raise  # the launcher ends the others when one is gone: that is what happened, and not Ctrl-C
         flag.check()  # Ctrl-C reaches the loader's processes, too, and one of them was faster
         raise
     finally:

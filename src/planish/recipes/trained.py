@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from torch import nn
 
 from planish.data import set_epoch
@@ -19,6 +18,7 @@ from planish.recipes.material import Material
 from planish.recipes.processes import is_main
 from planish.recipes.session import StopFlag
 from planish.training import TrainingFailed
+from planish.training.loop import CHECKPOINT_MINUTES
 
 
 def train_arm(
@@ -32,12 +32,14 @@ def train_arm(
     stop: StopFlag,
     progress: Callable[[float], None],
     last_good: Path,
+    checkpoint_minutes: float = CHECKPOINT_MINUTES,
     log: Callable[[dict[str, Any]], None] | None = None,
 ) -> nn.Module:
     """Train a copy of the given network; the caller saves it and then asks ``stop``.
 
     Args:
         checkpoint: folder for the state from which ``resume`` continues.
+        checkpoint_minutes, log: as in :func:`planish.training.train`.
         progress: receives the share of the steps that are done.
         last_good: file for the last good weights, should the loss cease to be finite.
 
@@ -47,16 +49,16 @@ def train_arm(
     """
     # A finished training that is resumed runs no epoch any more; what follows it is to see the last epoch's order.
     set_epoch(material.train, settings.training.epochs - 1)
-    with stop.gently(), keeping(last_good, checkpoint):
+    with stop.gently(), keeping(last_good):
         return flatten(
             material.loaded.model, material.train, schemes, settings=settings, allow=allow,
-            checkpoint_dir=checkpoint, resume=resume, log=log, should_stop=stop,
+            checkpoint_dir=checkpoint, checkpoint_minutes=checkpoint_minutes, resume=resume, log=log, should_stop=stop,
             progress=lambda step, steps, loss: progress(step / steps),
         )  # fmt: skip
 
 
 @contextmanager
-def keeping(last_good: Path, checkpoint: Path) -> Iterator[None]:
+def keeping(last_good: Path) -> Iterator[None]:
     """Inside, a training that fails leaves its last good weights and says where."""
     try:
         yield
@@ -66,5 +68,3 @@ def keeping(last_good: Path, checkpoint: Path) -> Iterator[None]:
         if is_main():
             save_weights(own, last_good, {"format": "pt"})
         raise PlanishError(f"{error}; the last good weights are in {last_good}") from None
-    except SafetensorError as error:
-        raise PlanishError(f"{checkpoint} could not be written ({error}); free some space and try again") from None

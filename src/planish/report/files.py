@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import errno
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
-from planish.errors import PlanishError
-
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+from planish.errors import NotWritten, why_not_written
+from planish.report.plain import to_plain
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError inside the block into a PlanishError that names ``path``."""
+    """Turn an OSError inside the block into a :class:`NotWritten` that names ``path``."""
     try:
         yield
     except OSError as error:
-        if error.errno in _DISK_FULL:
-            raise PlanishError(
-                f"{path}: the disk is full; what was written so far is kept, "
-                f"so make room and continue the run with --resume"
-            ) from error
-        raise PlanishError(f"{path}: cannot write here ({error.strerror or error})") from error
+        raise NotWritten(f"{path}: cannot write here ({why_not_written(error)})") from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,6 +31,30 @@ def write_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(new, path)
+
+
+def append_json(path: Path, event: Mapping[str, Any]) -> None:
+    """Append an event to a file as one JSON object on one line, on its way to the disk when this returns; NaN as null.
+
+    Raises:
+        NotWritten: the disk is full or not writable.
+    """
+    line = (to_json(to_plain(event)) + "\n").encode("utf-8", "backslashreplace")
+    with writing(path), open(path, "ab", buffering=0) as file:
+        while line:
+            line = line[file.write(line) :]
+
+
+def drop_torn_line(path: Path) -> None:
+    """An interrupted write can leave half a line at the end of a log; the next event must not join it."""
+    if path.is_file():
+        with writing(path), open(path, "r+b") as file:
+            file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def to_json(value: Any, indent: int | None = None) -> str:
+    """JSON with the characters as they are; NaN is an error."""
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, indent=indent)
 
 
 def short(path: Path) -> Path:

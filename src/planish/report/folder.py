@@ -16,7 +16,7 @@ from typing import Any
 import tomli_w
 
 from planish.errors import PlanishError
-from planish.report.files import write_text, writing
+from planish.report.files import append_json, drop_torn_line, to_json, write_text, writing
 from planish.report.plain import drop_none, flatten_keys, to_plain
 
 if sys.version_info >= (3, 11):
@@ -57,7 +57,8 @@ class RunFolder:
         if resume:
             if not run.partial.is_dir():
                 raise PlanishError(f"{out}: there is no interrupted run to resume; leave --resume away to start one")
-            run._drop_torn_line()
+            drop_torn_line(run.path("log.jsonl"))
+            run._drop_unfinished()
             return run
         if os.path.lexists(run.partial):
             raise PlanishError(
@@ -117,11 +118,7 @@ class RunFolder:
         """Append one event to log.jsonl as one JSON object on one line, on disk when this returns; NaN as null."""
         if not self.active:
             return
-        line = (_json(to_plain(event)) + "\n").encode("utf-8", "backslashreplace")
-        path = self.path("log.jsonl")
-        with writing(path), open(path, "ab", buffering=0) as file:
-            while line:
-                line = line[file.write(line) :]
+        append_json(self.path("log.jsonl"), event)
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write results.json in one piece. Numbers that are None are left out of the rows."""
@@ -131,7 +128,7 @@ class RunFolder:
         if isinstance(plain.get("rows"), list):
             kept = [{k: v for k, v in row.items() if v is not None} for row in results["rows"]]
             plain["rows"] = to_plain(kept)  # a NaN that was measured stays, as null
-        write_text(self.path("results.json"), _json(plain, indent=2) + "\n")
+        write_text(self.path("results.json"), to_json(plain, indent=2) + "\n")
 
     def read_results(self) -> dict[str, Any]:
         """The content of results.json. Raises PlanishError if it is missing or is no results file."""
@@ -170,13 +167,9 @@ class RunFolder:
                 f"or choose another --out"
             )
 
-    def _drop_torn_line(self) -> None:
-        """An interrupted write can leave half a line at the end of the log; the next event must not join it."""
-        path = self.path("log.jsonl")
-        if path.is_file():
-            with writing(path), open(path, "r+b") as file:
-                file.truncate(file.read().rfind(b"\n") + 1)
-
-
-def _json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, allow_nan=False, ensure_ascii=False, indent=indent)
+    def _drop_unfinished(self) -> None:
+        """Delete files that a killed process was about to move into place."""
+        for pattern in (".*.tmp", ".*.new"):
+            for path in self.partial.glob(pattern):
+                if path.is_file():
+                    path.unlink(missing_ok=True)

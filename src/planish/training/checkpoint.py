@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from planish.errors import PlanishError
+from planish.errors import NotWritten, PlanishError, why_not_written
 from planish.training.ingredients import Ingredient
 from planish.training.sharding import copy_into, is_split, whole
 
@@ -34,6 +34,15 @@ def exists(directory: Path) -> bool:
 
 def _beside(directory: Path, suffix: str) -> Path:
     return directory.with_name(f"{directory.name}.{suffix}")
+
+
+def _to_disk(path: Path) -> None:
+    """Wait until a file is on the disk: else, after a power cut, the new name may stand for an empty file."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def flatten_state(state: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
@@ -76,7 +85,7 @@ def save(
         settings: plain values without which the run cannot be continued to the same result.
 
     Raises:
-        PlanishError: the disk is full or not writable; the previous checkpoint stays as it was.
+        NotWritten: the disk is full or not writable; the previous checkpoint stays as it was.
     """
     split = any(is_split(parameter) for parameter in model.parameters())
     if directory is None or not (accelerator.is_main_process or split):
@@ -100,6 +109,8 @@ def save(
         fresh.mkdir(parents=True)
         save_file(tensors, fresh / _TENSORS)
         (fresh / _VALUES).write_text(json.dumps(tree))
+        for name in (_TENSORS, _VALUES):
+            _to_disk(fresh / name)
         shutil.rmtree(old, ignore_errors=True)
         if directory.exists():
             os.replace(directory, old)
@@ -107,9 +118,8 @@ def save(
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(fresh, ignore_errors=True)
-        raise PlanishError(
-            f"the checkpoint {directory} could not be written ({getattr(error, 'strerror', None) or error}); "
-            f"the previous one is kept: free some space and continue with --resume"
+        raise NotWritten(
+            f"the checkpoint {directory} could not be written: {why_not_written(error)}; the previous one is kept"
         ) from error
 
 

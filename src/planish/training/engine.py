@@ -106,9 +106,15 @@ def reduce_statistics(norms: Sequence[Any], accelerator: Accelerator) -> None:
 
 def any_process(flag: Any, accelerator: Accelerator) -> bool:
     """Whether any process says so; processes that decided differently would wait for each other."""
+    return any_processes([flag], accelerator)[0]
+
+
+def any_processes(flags: Sequence[Any], accelerator: Accelerator) -> list[bool]:
+    """For each flag whether any process has set it."""
     if accelerator.num_processes == 1:
-        return bool(flag)
-    return bool(accelerator.reduce(torch.tensor(float(flag), device=accelerator.device)) > 0)
+        return [bool(flag) for flag in flags]
+    told = torch.tensor([float(flag) for flag in flags], device=accelerator.device)
+    return (accelerator.reduce(told) > 0).tolist()  # type: ignore[operator, union-attr]
 
 
 def gather_rows(part: Tensor, accelerator: Accelerator) -> Tensor:

@@ -7,6 +7,7 @@ A training method is a list of ingredients. Each may hold state, and does its pa
     before_part      a part of the batch is about to pass through the network
     loss             a term of the objective, from the logits of that part
     after_step       the optimizer has moved the weights
+    report           every so many steps: what is worth following
 
 Ingredients are called in the order of the list; the first one's ``around`` is the outermost. Without gradient
 accumulation the only part is the whole batch (of this process). With it, ``around`` wraps all parts: noise and SAM's
@@ -62,6 +63,10 @@ class Ingredient:
 
     def after_step(self, run: Run) -> None:
         """After the optimizer step."""
+
+    def report(self, run: Run) -> dict[str, float]:
+        """Numbers to follow, such as the size of a noise; asked after a step, every so often."""
+        return {}
 
     def finish(self, run: Run) -> None:
         """After the last step, in the order of the list; also after a failure, to take taps off (``run.failed``)."""

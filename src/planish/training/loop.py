@@ -26,6 +26,7 @@ from planish.network.faults import BadBatch, fault_in, going_through
 from planish.training import checkpoint
 from planish.training.engine import (
     any_process,
+    any_processes,
     begin_epoch,
     equalize_buffers,
     make_accelerator,
@@ -48,6 +49,9 @@ from planish.training.sharding import (
     without_exchange,
 )
 from planish.training.shares import Share, SharedLoader, first_parts
+
+CHECKPOINT_MINUTES = 10.0  # so much work is lost at most by a kill -9, beside what an epoch's end keeps
+LOG_EVERY = 20  # steps between two lines of the log
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ def train(
     *,
     accelerator: Accelerator | None = None,
     checkpoint_dir: Path | None = None,
+    checkpoint_minutes: float = CHECKPOINT_MINUTES,
     resume: bool = False,
     progress: Callable[[int, int, float], None] | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
@@ -155,8 +160,11 @@ def train(
         loader: batches of (inputs, labels), with a length; a sampler or data set with ``set_epoch`` is told the epoch.
             Of several processes each takes its part of every batch: the batch size is that of all of them together.
         checkpoint_dir: where the state is saved after every epoch, and when ``should_stop`` says so.
+        checkpoint_minutes: within an epoch it is saved whenever the last time is so long ago; no result depends on it.
         resume: continue from ``checkpoint_dir`` if there is a checkpoint.
         progress: called after each step with (step, steps, loss).
+        log: receives an event of plain values for every epoch, and every ``LOG_EVERY`` steps one with the loss, the
+            learning rate and what the ingredients report. What a resumed run computes again it tells again.
         should_stop: asked after each step; if true, a checkpoint is written and :class:`Interrupted` raised.
 
     Raises:
@@ -195,6 +203,7 @@ def train(
     state = (model, prepared, ingredients)
     known = {**asdict(settings), "steps": run.steps}  # what the rest of the run depends on
     saver = functools.partial(checkpoint.save, checkpoint_dir, *state, accelerator, settings=known)
+    clock = _Clock(60 * checkpoint_minutes)
     good = _snapshot(model)
     began = time.perf_counter()
     try:
@@ -211,17 +220,24 @@ def train(
             for share in batches.begin_at(done):
                 loss = stepper(share)
                 run.step += 1
+                stepper.tell(loss)
                 if progress:
                     progress(run.step, run.steps, loss)
-                if any_process(should_stop(), accelerator):
+                stop, due = any_processes([should_stop(), clock.due()], accelerator)
+                if (stop or due) and run.step % len(batches):  # at the end of an epoch it is saved anyway
+                    _check_finite(model, accelerator)
                     saver(run.step)
-                    raise Interrupted
+                    clock.start()
+                    if stop:
+                        raise Interrupted
             run.history.append({"epoch": epoch + 1, "loss": loss, "seconds": time.perf_counter() - began})
             run.log({"event": "epoch", **run.history[-1]})
-            if any_process(not all(local(p).isfinite().all() for p in model.parameters()), accelerator):
-                raise FloatingPointError("NaN or infinite in the weights")
+            _check_finite(model, accelerator)
             good = _snapshot(model)
             saver(run.step)
+            clock.start()
+            if stop:
+                raise Interrupted
     except (FloatingPointError, BadBatch) as error:
         run.failed = True
         model.load_state_dict(good, strict=False)
@@ -316,6 +332,15 @@ class Stepper:
             ingredient.after_step(run)
         return loss
 
+    def tell(self, loss: float) -> None:
+        """Every so many steps, a line with what can be followed; called when the step has been counted."""
+        run = self.run
+        if run.step % LOG_EVERY and run.step != run.steps:
+            return
+        lr = run.settings.learning_rate(run.step - 1, run.steps, self.peak)
+        told = {name: value for ingredient in self.ingredients for name, value in ingredient.report(run).items()}
+        run.log({"event": "step", "step": run.step, "loss": loss, "lr": lr, **told})
+
     def _fault_of_any(self) -> str | None:
         """What is wrong with the batch, wherever its part lies; the loss is the same everywhere, so all come here."""
         if self.run.accelerator.num_processes == 1:
@@ -392,6 +417,25 @@ def _seeds(run: Run) -> dict[str, Any]:
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
+
+
+def _check_finite(model: nn.Module, accelerator: Accelerator) -> None:
+    if any_process(not all(local(p).isfinite().all() for p in model.parameters()), accelerator):
+        raise FloatingPointError("NaN or infinite in the weights")
+
+
+class _Clock:
+    """When the next checkpoint within an epoch is due."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds = seconds
+        self.start()
+
+    def start(self) -> None:
+        self.since = time.monotonic()
+
+    def due(self) -> bool:
+        return time.monotonic() - self.since >= self.seconds
 
 
 def _move(ingredients: Sequence[Ingredient], model: nn.Module, accelerator: Accelerator) -> None:
