@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from planish import __version__
 from planish.deploy.card import Card
-from planish.deploy.onnx.runtime import FLOAT, INTEGER, Agreement, compare, kernels, open_session, some_images
+from planish.deploy.onnx.runtime import FLOAT, INTEGER, Agreement, Executed, compare, executed, open_session, some_images
 from planish.deploy.origin import find_classes, find_preprocessing
 from planish.errors import PlanishError
 from planish.models import Preprocessing
@@ -137,14 +137,23 @@ def export(
     found: list[Any] = []
 
     def check(written: Path) -> None:
-        found.extend((compare(model, open_session(written), looked, what), kernels(written)))
+        found.extend((compare(model, open_session(written), looked, what), executed(written)))
 
     write_whole(path, content, check)
-    agreement, counted = found
+    agreement, ran = found
     return Exported(
-        path, scheme, layout, len(content), dict(lowering.weights), tuple(lowering.forms),
-        dict(sorted(counted.items())), agreement, grids,
+        path, scheme, layout, len(content), dict(lowering.weights), _as_executed(lowering.forms, ran),
+        dict(sorted(ran.kernels.items())), agreement, grids,
     )  # fmt: skip
+
+
+def _as_executed(forms: Sequence[Any], ran: Executed) -> tuple[Any, ...]:
+    """The forms, corrected where the runtime took no integer kernel for what was written for one."""
+    why = "ONNX Runtime found no integer kernel for it and computes its codes in float, with the same result"
+    return tuple(
+        replace(form, kernel="float", why=why, inexact_channels=0) if form.node and form.node in ran.in_float else form
+        for form in forms
+    )
 
 
 def _graph(model: nn.Module, prepared: Preprocessing, layout: str, calibration: Iterable[Any] | None) -> Any:

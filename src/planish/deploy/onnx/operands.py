@@ -75,6 +75,8 @@ def obstacle(node: ir.Node, left: Operand | None, right: Operand | None) -> str:
             return f"{grid.site} has half-integer levels of {weight.bits} bits, which do not fit in a byte"
         if weight is not None and weight.axis is None:
             return f"{grid.site} has scales along its inputs (per {grid.granularity}), which no kernel sums over"
+    if node.op_type == "Einsum":
+        return f"there is no integer kernel for the sum {attribute(node, 'equation')}"
     if node.op_type == "ConvTranspose":
         return "there is no integer kernel for transposed convolutions"
     if node.op_type == "Conv" and (right.weight is None or left.weight is not None):

@@ -51,14 +51,31 @@ def open_session(model: Path | bytes, *, threads: int = 1, optimized: Path | Non
         raise PlanishError(f"ONNX Runtime {onnxruntime.__version__} does not take the graph: {line}") from error
 
 
-def kernels(model: Path) -> Counter[str]:
-    """How often each kernel stands in the graph that ONNX Runtime really executes."""
+@dataclass(frozen=True)
+class Executed:
+    """The graph that ONNX Runtime really executes: how often each kernel stands in it (``kernels``), and the names of
+    the products that it computes in float although their operands are codes (``in_float``)."""
+
+    kernels: Counter[str]
+    in_float: frozenset[str]
+
+
+def executed(model: Path) -> Executed:
+    """What ONNX Runtime makes of a file. A product on codes that found no kernel keeps its name and its operands."""
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
         open_session(model, optimized=target)
-        return Counter(node.op_type for node in onnx.load(target).graph.node)
+        nodes = onnx.load(target).graph.node
+    widened = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    found = {node.name for node in nodes if node.op_type in FLOAT and widened & set(node.input[:2])}
+    return Executed(Counter(node.op_type for node in nodes), frozenset(found))
+
+
+def kernels(model: Path) -> Counter[str]:
+    """How often each kernel stands in the graph that ONNX Runtime really executes."""
+    return executed(model).kernels
 
 
 @dataclass(frozen=True)
