@@ -152,7 +152,8 @@ FAMILIES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "mobilevit": ("mobilevit_xxs", 64, {}),
     "mobilevit-v2": ("mobilevitv2_050", 64, {}),
     "mvitv2": ("mvitv2.MultiScaleVit", 64, {
-        "cfg": MultiScaleVitCfg(embed_dim=(16, 16, 32, 32), depths=ONES, num_heads=(1, 1, 2, 2)), "img_size": (64, 64)}),
+        "img_size": (64, 64),
+        "cfg": MultiScaleVitCfg(embed_dim=(16, 16, 32, 32), depths=ONES, num_heads=(1, 1, 2, 2))}),
     "naflexvit": ("naflexvit_base_patch16_gap", 32, {"patch_size": 8, "embed_dim": 32, "depth": 1, "num_heads": 2}),
     "nasnet": ("nasnet.NASNetALarge", 64, {"stem_size": 8, "channel_multiplier": 2, "num_features": 192}),
     "nest": ("nest.Nest", 64, {"img_size": 64, "embed_dims": (16, 16, 32), "num_heads": (2,) * 3, "depths": (1,) * 3}),

@@ -43,8 +43,12 @@ class Task:
 
     def divergence(self, reference: Tensor, outputs: Tensor, temperature: float = 1.0) -> Tensor:
         """The mean distance over the rows, of both divided by the temperature (features have none)."""
-        if self is not FEATURES:
-            reference, outputs = reference.float() / temperature, outputs.float() / temperature
+        if self is FEATURES:
+            return self.distance(reference.float(), outputs.float()).mean()
+        reference, outputs = reference.float() / temperature, outputs.float() / temperature
+        if self is CLASSES:  # in one kernel
+            ours, theirs = (F.log_softmax(t, -1).flatten(0, -2) for t in (outputs, reference))
+            return F.kl_div(ours, theirs, log_target=True, reduction="batchmean")
         return self.distance(reference, outputs).mean()
 
 
@@ -64,7 +68,12 @@ def _bernoulli_kl(reference: Tensor, outputs: Tensor) -> Tensor:
 
 def _relative(reference: Tensor, outputs: Tensor) -> Tensor:
     """``|outputs - reference|^2 / (2 |reference|^2)``: 1 - cosine, where both are equally long."""
+    outputs, reference = outputs.flatten(1), reference.flatten(1)
     return (outputs - reference).square().sum(-1) / (2 * reference.square().sum(-1)).clamp(min=1e-30)
+
+
+def _cosine(reference: Tensor, outputs: Tensor) -> Tensor:
+    return F.cosine_similarity(reference.flatten(1), outputs.flatten(1), dim=-1).clamp(0, 1)
 
 
 def _draw_class(outputs: Tensor, generator: torch.Generator) -> Tensor:
@@ -79,18 +88,15 @@ def _draw_labels(outputs: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _draw_features(outputs: Tensor, generator: torch.Generator) -> Tensor:
-    """Under unit noise around the outputs: the gradient is the noise, divided by what ``_relative`` divides by."""
+    """Under noise as large as the features are long, whose divergence is ``_relative``: the gradient is the noise."""
+    outputs = outputs.flatten(1)
     noise = torch.randn(outputs.shape, generator=generator).to(outputs)
     return (outputs * noise / outputs.detach().norm(dim=-1, keepdim=True).clamp(min=1e-15)).sum()
 
 
 CLASSES = Task("classes", _kl, lambda a, b: (a.argmax(-1) == b.argmax(-1)).float(), _draw_class, "first class")
-LABELS = Task(
-    "labels", _bernoulli_kl, lambda a, b: ((a > 0) == (b > 0)).all(-1).float(), _draw_labels, "labels"
-)  # fmt: skip
-FEATURES = Task(
-    "features", _relative, lambda a, b: F.cosine_similarity(a, b, dim=-1).clamp(0, 1), _draw_features, "direction"
-)
+LABELS = Task("labels", _bernoulli_kl, lambda a, b: ((a > 0) == (b > 0)).all(-1).float(), _draw_labels, "labels")
+FEATURES = Task("features", _relative, _cosine, _draw_features, "direction")
 TASKS = {task.name: task for task in (CLASSES, LABELS, FEATURES)}
 
 
@@ -133,8 +139,8 @@ def targets_of(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
     if task is not LABELS:
         if labels.dim() == 2 and not torch.allclose(labels.sum(-1).float(), torch.ones(len(labels)).to(labels.device)):
             raise PlanishError(
-                f"the labels of a batch have shape {shape} and their rows do not sum to 1: if an image may have several "
-                f"labels, say task='labels'"
+                f"the labels of a batch have shape {shape} and their rows do not sum to 1: if an image may have "
+                f"several labels, say task='labels'"
             )
         return labels
     if labels.dim() == 1:
@@ -144,7 +150,9 @@ def targets_of(task: Task, outputs: Tensor, labels: Tensor) -> Tensor:
         hot = labels[:, None] if classes == 1 else F.one_hot(labels.long(), classes)
         return hot.to(outputs)
     if len(labels) and (float(labels.min()) < 0 or float(labels.max()) > 1):
-        raise PlanishError("labels of several a picture are 0 or 1 (or between), and some lie outside: check the loader")
+        raise PlanishError(
+            "labels, several of an image, are 0 or 1 (or between), and some lie outside: look at the loader"
+        )
     return labels.to(outputs)
 
 

@@ -24,6 +24,7 @@ from planish.recipes.passes import chosen_passes
 from planish.recipes.processes import is_main, make_console
 from planish.recipes.session import free_cores, say
 from planish.recipes.work import Work, duration
+from planish.task import FEATURES, check_task, task_of
 
 
 def execute(command: Quantize) -> None:
@@ -40,7 +41,8 @@ def execute(command: Quantize) -> None:
     bits = _assign_bits(command)
     console = make_console()
     torch.set_num_threads(command.models.threads or free_cores())
-    material = prepare(config, console)
+    check_task(command.task)
+    material = prepare(config, console, task=command.task)
 
     scheme, method, loaded = config.schemes[0], command.method, material.loaded
     passes = chosen_passes(method, command.quantize, command.models.seed)
@@ -63,7 +65,8 @@ def execute(command: Quantize) -> None:
     if bits is not None:
         protocol |= {"budget": bits.budget, "budget_activations": bits.activations}
     if is_main():
-        save(model, command.out, protocol=protocol, classes=material.classes)
+        names = None if task_of(model) is FEATURES else material.classes
+        save(model, command.out, protocol=protocol, classes=names)
     say(console, f"{command.out}: {scheme} by {method}; {weights_megabytes(model):.3f} MB of weights at their bits")
     if bits is not None:
         say(console, _spent(Budget.parse(bits.budget), loaded.model, model))

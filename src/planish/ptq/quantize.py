@@ -15,6 +15,7 @@ from planish.network.batches import first_image, split_batch, to_device
 from planish.ptq.methods import get_method
 from planish.ptq.passes import Calibration, Pass, run_logits, run_passes
 from planish.scheme import Scheme
+from planish.task import say_task
 
 
 def quantize(
@@ -24,17 +25,19 @@ def quantize(
     method: str | Sequence[Pass] = "rtn",
     *,
     allow: Iterable[str] = (),
+    task: str | None = None,
     log: Callable[[dict[str, Any]], None] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> nn.Module:
     """Quantize a copy of ``model``; the given one is left untouched.
 
     Args:
-        model: a trained classifier in float.
+        model: a trained network in float: a classifier, or one that gives features.
         calibration: batches of images (labels, if there are any, are not read).
         scheme: ``"w4a4"`` and the like, or a :class:`~planish.scheme.Scheme`.
         method: the name of a method, or a list of passes.
         allow: shell patterns of products that may stay in float.
+        task: what the outputs mean (:mod:`planish.task`): ``classes`` (the default), ``labels`` or ``features``.
         log: receives one record per pass, as it ends (loss and agreement before and after, seconds), and what passes
             have to say in between.
         progress: called with the share that is done of a pass that takes long.
@@ -54,6 +57,7 @@ def quantize(
     if not batches:
         raise PlanishError("there is no calibration batch: pass a loader with at least one batch of images")
     twin = copy.deepcopy(model).eval().requires_grad_(False)
+    say_task(twin, task)
     patterns = (allow,) if isinstance(allow, str) else tuple(allow)
     plan = assign(watch(twin, first_image(batches[0])), scheme, allow=patterns)
     work = Calibration(twin, batches, plan, run_logits(twin, batches), given=model, allow=patterns)

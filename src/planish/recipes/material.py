@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -12,10 +13,11 @@ from torch.utils.data import DataLoader
 
 from planish.data import ImageData, calibration_subset, load_data, make_loader
 from planish.errors import PlanishError
-from planish.models import LoadedModel, check_classes, classes_of, load_model
+from planish.models import LoadedModel, check_classes, classes_of, load_model, loses_head
 from planish.recipes.config import RunConfig
 from planish.recipes.processes import count_processes
 from planish.recipes.session import say
+from planish.task import FEATURES, say_task
 from planish.training import make_accelerator
 
 
@@ -59,10 +61,13 @@ class Material:
         return found if processes == 1 else {**found, "processes": processes}
 
 
-def prepare(config: RunConfig, console: Console, *, calibrate: bool = True) -> Material:
-    """Load model and images and check that they belong together, before anything long begins."""
+def prepare(config: RunConfig, console: Console, *, calibrate: bool = True, task: str = "") -> Material:
+    """Load model and images and check that they belong together, before anything long begins.
+
+    ``task``: what the outputs mean (:mod:`planish.task`), if it is said.
+    """
     options = config.models
-    loaded = load_model(options.model, weights=options.weights, trust=True)
+    loaded = load_for(task, options.model, options.weights)
     if next(loaded.model.parameters(), None) is None:
         raise PlanishError(f"{options.model} has no parameters, so there is nothing to quantize")
     data = load_data(options.data, loaded.preprocessing, seed=options.seed, progress=_watch_images(console))
@@ -84,6 +89,14 @@ def prepare(config: RunConfig, console: Console, *, calibrate: bool = True) -> M
     subset = calibration_subset(data.train, data.train_labels, min(wanted, images), seed)
     train = loader(data.train, shuffle=True, drop_last=images >= size, augment=True)
     return Material(loaded, data, train, loader(subset, shuffle=False), loader(data.test, shuffle=False))
+
+
+def load_for(task: str, name: str, weights: Path | None) -> LoadedModel:
+    """A network whose outputs mean what is said; an embedded one, or one of timm, gives features without its head."""
+    headless = task == FEATURES.name and loses_head(name)
+    loaded = load_model(name, weights=weights, num_classes=0 if headless else None, trust=True)
+    say_task(loaded.model, task or None)
+    return loaded
 
 
 def _watch_images(console: Console) -> Callable[[int, int], None]:

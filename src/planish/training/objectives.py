@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of
+from planish.task import FEATURES, task_loss, task_of
 from planish.training.ingredients import Ingredient
 from planish.training.loop import Run
 
 
 class TaskLoss(Ingredient):
-    """``weight * cross_entropy(logits, labels)``; labels are class indices."""
+    """``weight`` times the loss of the task (:mod:`planish.task`): the cross-entropy with class indices, or the binary
+    one with (N, C) labels."""
 
     def __init__(self, weight: float = 1.0, label_smoothing: float = 0.0) -> None:
         self.weight, self.label_smoothing = weight, label_smoothing
@@ -25,7 +27,10 @@ class TaskLoss(Ingredient):
             raise PlanishError(
                 "the task loss needs labels, but the loader yields images only; use distillation instead"
             )
-        return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        task = task_of(run.model, logits)
+        if task is FEATURES:
+            raise PlanishError("features are neither right nor wrong: train them by distillation, without a task loss")
+        return self.weight * task_loss(task, logits, labels, self.label_smoothing)
 
 
 class _Taught(Ingredient):
@@ -48,7 +53,10 @@ class _Taught(Ingredient):
 
 
 class Distillation(_Taught):
-    """``weight * T^2 * KL(teacher / T || student / T)`` (Hinton et al. 2015, arXiv 1503.02531); reads no labels."""
+    """``weight * T^2 * KL(teacher / T || student / T)`` (Hinton et al. 2015, arXiv 1503.02531); reads no labels.
+
+    The divergence is that of the task: of a softmax, of a sigmoid for each label, or the distance of features.
+    """
 
     def __init__(self, teacher: nn.Module, weight: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__(teacher, weight)
@@ -56,10 +64,7 @@ class Distillation(_Taught):
 
     def loss(self, run: Run, inputs: Any, labels: Tensor | None, logits: Tensor) -> Tensor:
         t = self.temperature
-        divergence = F.kl_div(
-            F.log_softmax(logits / t, -1), F.log_softmax(self.target / t, -1), log_target=True, reduction="batchmean"
-        )
-        return self.weight * t * t * divergence
+        return self.weight * t * t * task_of(run.model, logits).divergence(self.target, logits, t)
 
 
 class OutputError(_Taught):

@@ -12,12 +12,22 @@ from torch import nn
 
 from planish import __version__
 from planish.deploy.card import Card
-from planish.deploy.onnx.runtime import FLOAT, INTEGER, Agreement, Executed, compare, executed, open_session, some_images
+from planish.deploy.onnx.runtime import (
+    FLOAT,
+    INTEGER,
+    Agreement,
+    Executed,
+    compare,
+    executed,
+    open_session,
+    some_images,
+)
 from planish.deploy.origin import find_classes, find_preprocessing
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from planish.models.weights import write_whole
 from planish.network.batches import split_batch
+from planish.task import CLASSES, FEATURES, LABELS, task_of
 
 LAYOUTS = ("small", "fast")
 
@@ -67,7 +77,7 @@ class Exported:
                 f"{self.output_grids} outputs of convolutions and sums have a grid of 8 bits, which the model has not"
             )
         lines.append(
-            f"same first class as the PyTorch model on {agreement.images - len(agreement.differing)} of "
+            f"same {agreement.same} as the PyTorch model on {agreement.images - len(agreement.differing)} of "
             f"{agreement.images} {agreement.what}; largest difference of a logit {agreement.largest:.2g}"
         )
         lines += [f"differs: image {index}, margin {margin:.4f}" for index, margin in agreement.differing]
@@ -124,6 +134,7 @@ def export(
     except ImportError as error:
         raise PlanishError(f"{error.name} is not installed: pip install 'planish[onnx]'") from None
     path, prepared = Path(path), find_preprocessing(model, preprocessing)
+    task = task_of(model)
     graph, lowering, grids = _graph(model, prepared, layout, calibration if output_bits else None)
     scheme = _scheme(model)
     card = Card(
@@ -131,7 +142,8 @@ def export(
         scheme, _labels(model, graph, classes), prepared, __version__,
         dict(protocol if protocol is not None else getattr(model, "planish_protocol", None) or {}),
     )  # fmt: skip
-    graph.metadata_props.update(card.to_metadata())
+    task = LABELS if task is CLASSES and len(card.classes) == 1 else task
+    graph.metadata_props.update(replace(card, task=task.name).to_metadata())
     content = ir.to_proto(graph).SerializeToString()
     looked, what = (some_images(prepared.input_size), "random images") if images is None else (images, "images")
     found: list[Any] = []
@@ -185,13 +197,14 @@ def _scheme(model: nn.Module) -> str:
 
 
 def _labels(model: nn.Module, graph: Any, classes: Sequence[str] | None) -> tuple[str, ...]:
-    given = find_classes(model, classes)
+    given = None if task_of(model) is FEATURES else find_classes(model, classes)
     shape = graph.graph.outputs[0].shape
     count = shape[-1] if shape is not None and len(shape) == 2 and isinstance(shape[-1], int) else None
     if count is None:
         raise PlanishError(f"{type(model).__name__} does not give logits of shape (images, classes)")
     if given is None:
-        return tuple(f"class {i}" for i in range(count))
+        kind = {"labels": "label", "features": "feature"}.get(task_of(model).name, "class")
+        return tuple(f"{kind} {i}" for i in range(count))
     if len(given) != count:
         raise PlanishError(f"{len(given)} class names for {count} logits: give a name for each, in their order")
     return given
