@@ -170,13 +170,14 @@ def _as_executed(forms: Sequence[Any], ran: Executed) -> tuple[Any, ...]:
 
 def _graph(model: nn.Module, prepared: Preprocessing, layout: str, calibration: Iterable[Any] | None) -> Any:
     from planish.deploy.onnx.graph import DOMAIN, network_graph
-    from planish.deploy.onnx.lower import Lowering
+    from planish.deploy.onnx.lower import CONSTANT, Form, Lowering
+    from planish.deploy.onnx.operands import product_of
     from planish.deploy.onnx.outputs import add_output_grids
     from planish.deploy.onnx.tidy import tidy
 
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     graph = network_graph(model, torch.zeros(2, *prepared.input_size, dtype=like.dtype, device=like.device))
-    tidy(graph.graph)
+    folded = tidy(graph.graph)
     grids = 0
     if calibration is not None:
         batches = (split_batch(batch)[0].float().cpu().numpy() for batch in calibration)
@@ -184,6 +185,7 @@ def _graph(model: nn.Module, prepared: Preprocessing, layout: str, calibration: 
         tidy(graph.graph)
     # with grids of its own the file is no longer the network to the bit
     lowering = Lowering(graph.graph, layout, exact=not grids)
+    lowering.forms += [Form(product_of(site), CONSTANT) for site in folded]
     lowering.run()
     if lowering.has_two_bits:
         graph.graph.opset_imports[""] = 25  # the first with 2-bit tensors

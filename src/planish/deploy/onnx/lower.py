@@ -28,6 +28,7 @@ from planish.deploy.onnx.outputs import is_own
 from planish.deploy.onnx.tidy import quantizers
 from planish.deploy.onnx.weights import WeightCodes, weight_values
 
+CONSTANT = "computed when the file is written"  # the kernel of a product that no image reaches
 PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Einsum")
 _CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 

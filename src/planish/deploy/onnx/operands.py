@@ -30,10 +30,15 @@ class Operand:
     @property
     def product(self) -> str:
         """The name of the layer or of the product, from the site's."""
-        owner, _, slot = self.grid.site.rpartition(".")
-        if slot in ("weight", "input", "in_proj_weight"):
-            return owner or slot
-        return f"{owner}.{slot.rpartition('_')[0] or slot}".lstrip(".")
+        return product_of(self.grid.site)
+
+
+def product_of(site: str) -> str:
+    """The name of the layer or of the product that a site belongs to."""
+    owner, _, slot = site.rpartition(".")
+    if slot in ("weight", "input", "in_proj_weight"):
+        return owner or slot
+    return f"{owner}.{slot.rpartition('_')[0] or slot}".lstrip(".")
 
 
 def operand_of(value: ir.Value | None) -> Operand | None:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from planish.deploy.onnx.constants import fold_constants
 from planish.deploy.onnx.edit import Editor, attribute, constant, only_user
 from planish.deploy.onnx.einsum import spell_out_einsums
 from planish.deploy.onnx.graph import NODE
@@ -21,10 +22,14 @@ def quantizers(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.op_type == NODE]
 
 
-def tidy(graph: ir.Graph) -> None:
-    """Everything below, in an order in which each step finds what the one before has laid open."""
+def tidy(graph: ir.Graph) -> list[str]:
+    """Everything below, in an order in which each step finds what the one before has laid open.
+
+    Returns:
+        The sites of the products that no image reaches, whose results are in the file now.
+    """
     forget_origins(graph)
-    fold_weights(graph)
+    folded = fold_constants(graph)
     drop_identity_norms(graph)
     spell_out_gemm(graph)
     spell_out_einsums(graph)
@@ -32,6 +37,7 @@ def tidy(graph: ir.Graph) -> None:
     while take_in_activations(graph) or before_pooling(graph) or before_moves(graph):
         merge_equal(graph)
     Editor(graph).sweep()
+    return folded
 
 
 def forget_origins(graph: ir.Graph) -> None:
@@ -45,48 +51,6 @@ def forget_origins(graph: ir.Graph) -> None:
         value.metadata_props.clear()
     graph.metadata_props.clear()
     graph.doc_string = None
-
-
-def fold_weights(graph: ir.Graph) -> None:
-    """Compute weights that are made of weights (standardized ones, say), so that they can be stored as codes."""
-    editor, of_images = Editor(graph), {id(value) for value in graph.inputs}
-    for node in list(graph):  # in the order of execution
-        if any(id(value) in of_images for value in node.inputs):
-            of_images |= {id(value) for value in node.outputs}
-        elif node.op_type == NODE and node.inputs[0] is not None and constant(node.inputs[0]) is None:
-            found = _computed(graph, node.inputs[0])
-            if found is not None:
-                node.replace_input_with(0, editor.constant(found, f"{attribute(node, 'site') or 'weight'}.computed"))
-    editor.sweep()
-
-
-def _computed(graph: ir.Graph, value: ir.Value) -> np.ndarray | None:
-    """The numbers in a value that no image reaches; ``None`` if they are not made of standard operators."""
-    wanted: set[int] = set()
-    leaves: dict[str, np.ndarray] = {}
-    stack = [value]
-    while stack:
-        one = stack.pop()
-        producer, numbers = one.producer(), constant(one)
-        if numbers is not None:
-            leaves[str(one.name)] = numbers
-        elif producer is None or producer.domain not in ("", "ai.onnx"):
-            return None
-        elif id(producer) not in wanted:
-            wanted.add(id(producer))
-            stack += [given for given in producer.inputs if given is not None]
-    return _evaluated(graph, [node for node in graph if id(node) in wanted], leaves, value)
-
-
-def _evaluated(graph: ir.Graph, nodes: list[ir.Node], leaves: dict[str, np.ndarray], value: ir.Value) -> np.ndarray:
-    import onnx
-    from onnx.reference import ReferenceEvaluator
-
-    given = [onnx.numpy_helper.from_array(numbers, name) for name, numbers in leaves.items()]
-    output = onnx.ValueInfoProto(name=value.name)
-    part = onnx.helper.make_graph([ir.to_proto(node) for node in nodes], "weight", [], [output], given)
-    opset = onnx.helper.make_opsetid("", graph.opset_imports[""])
-    return np.asarray(ReferenceEvaluator(onnx.helper.make_model(part, opset_imports=[opset])).run(None, {})[0])
 
 
 def drop_identity_norms(graph: ir.Graph) -> None:
