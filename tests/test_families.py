@@ -11,7 +11,7 @@ from tests.families import FAMILIES, build, modules
 torch.set_num_threads(1)
 # What `make test` runs: the families whose networks are soon exported; `pytest -m thorough` runs the others.
 QUICK = [
-    "beit", "byoanet-bottleneck", "byoanet-lambda", "byobnet", "cait", "convit", "convmixer", "convnext", 
+    "beit", "byoanet-bottleneck", "byoanet-lambda", "byobnet", "cait", "convit", "convmixer", "convnext",
     "cspnet", "deepseek_vit", "deit", "densenet", "dla", "efficientformer", "efficientnet", "eva", "fasternet",
     "gemma4_vit", "inception_next", "lcnetv2", "lowformer", "mambaout", "metaformer", "mlp_mixer",
     "naflexvit", "nfnet", "pit", "qwen3_vit", "rdnet", "res2net", "resnet", "resnetv2", "selecsls",
