@@ -140,6 +140,7 @@ def table(rows: list[dict[str, str]]) -> str:
     """The table of the page, from the rows of the CSV."""
     heads = ("network", "side", "parameters", "float top-1", "same as float, w8a8", "w4a4", "error, w8a8", "w4a4",
              "MACs at 4 bits", "products on integer kernels", "file as PyTorch", "largest difference")  # fmt: skip
+    rows = sorted(rows, key=lambda row: list(NETWORKS).index(row["network"]))
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for row in rows:
         cells = [row["network"], row["side"], f"{int(row['parameters']) / 1e6:.1f} M"]
