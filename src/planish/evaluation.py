@@ -1,4 +1,7 @@
-"""What a classifier is worth: top-1, negative log-likelihood, calibration, and flips against a reference."""
+"""What a network is worth: top-1, negative log-likelihood, calibration, and flips against a reference.
+
+Networks of several labels and of features have other numbers (``metrics.py``).
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,11 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from planish.errors import PlanishError
+from planish.metrics import worth_of_features, worth_of_labels
 from planish.network.batches import call_model, logits_of, split_batch, to_device
 from planish.network.faults import BadBatch, going_through, label_fault, sound
 from planish.network.modes import evaluating
+from planish.task import CLASSES, FEATURES, LABELS, Task, check_task, targets_of, task_of
 from planish.training.engine import make_accelerator
 
 BINS = 15  # of the expected calibration error
@@ -28,27 +33,34 @@ def evaluate(
     loader: Iterable[Any],
     *,
     reference: nn.Module | Tensor | None = None,
+    task: str | None = None,
+    bank: Iterable[Any] | None = None,
     accelerator: Accelerator | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, float]:
-    """Measure a classifier on labelled images; several processes share the work and count each image once.
+    """Measure a network on labelled images; several processes share the work and count each image once.
 
     Args:
-        model: the classifier; its train/eval mode is restored. It is moved to the accelerator's device and stays there.
+        model: the network; its train/eval mode is restored. It is moved to the accelerator's device and stays there.
         loader: batches of (inputs, labels).
         reference: a model (moved, too), or its logits in the order of the loader, to count flips against.
+        task: what the outputs mean (:mod:`planish.task`): ``classes``, ``labels`` or ``features``. Default: what the
+            model says in ``planish_task``, else classes; one logit alone is a label.
+        bank: batches of other labelled images whose features vote on those of the loader, for ``features``.
         progress: called after each batch with (batches done, batches).
 
     Returns:
-        ``top1`` (share right), ``nll`` (nats per image), ``ece`` (expected calibration error, 15 equal bins, Guo et al.
-        2017, arXiv 1706.04599), ``flip_rate`` (share of images whose top-1 differs from the reference's; only with
-        one), ``images`` and ``seconds``.
+        For classes ``top1`` (share right), ``nll`` (nats per image), ``ece`` (expected calibration error, 15 equal
+        bins, Guo et al. 2017, arXiv 1706.04599), ``flip_rate`` (share of images whose top-1 differs from the
+        reference's; only with one). For labels and features see :func:`planish.metrics.worth_of_labels` and
+        ``worth_of_features``; a flip is there any label that changes. Always ``images`` and ``seconds``.
 
     Raises:
         PlanishError: the loader is empty or yields no labels, a batch holds NaN or what the model cannot take, or a
             label is outside the model's classes.
     """
     logits, labels, seconds = predict(model, loader, accelerator=accelerator, progress=progress)
+    meaning = task_of(model, logits) if task is None else check_task(task)
     other: Tensor | None = reference if isinstance(reference, Tensor) else None
     if isinstance(reference, nn.Module):
         other, again, _ = predict(reference, loader, accelerator=accelerator)
@@ -57,17 +69,48 @@ def evaluate(
                 "the loader gave its images in another order the second time, so flips cannot be counted: "
                 "evaluate with shuffle=False"
             )
-    return worth(logits, labels, other) | {"images": len(labels), "seconds": seconds}
+    if meaning is FEATURES:
+        voters = None if bank is None else predict(model, bank, accelerator=accelerator)[:2]
+        found = worth_of_features(logits, labels, _checked(other, logits), voters)
+    else:
+        found = worth(logits, labels, other, meaning)
+    return found | {"images": len(labels), "seconds": seconds}
 
 
-def worth(logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> dict[str, float]:
+def worth(
+    logits: Tensor, labels: Tensor, reference: Tensor | None = None, task: Task | None = None
+) -> dict[str, float]:
     """``top1``, ``nll``, ``ece`` and, with the logits of a ``reference``, ``flip_rate``; see :func:`evaluate`.
 
     Args:
         logits, reference: (images, classes).
-        labels: (images,).
+        labels: (images,); for the task of labels (images, labels).
+        task: classes or labels; default: labels for one logit, else classes.
     """
-    classes = logits.shape[-1]
+    classes, other = logits.shape[-1], _checked(reference, logits)
+    task = task or task_of(None, logits)
+    if task is LABELS:
+        result = worth_of_labels(logits, labels)
+    else:
+        result = _worth_of_classes(logits, labels, classes)
+    if other is not None:
+        result["flip_rate"] = (1 - task.alike(other, logits)).mean().item()
+    return result
+
+
+def _checked(reference: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The outputs of the reference, of as many images."""
+    if reference is not None and len(reference) != len(logits):
+        raise PlanishError(f"the reference has logits of {len(reference)} images, the loader has {len(logits)} images")
+    return None if reference is None else reference.float().cpu()
+
+
+def _worth_of_classes(logits: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
+    if classes == 1:
+        raise PlanishError("a single logit is a label, to which a softmax says nothing: evaluate it with task='labels'")
+    labels = targets_of(CLASSES, logits, labels)
+    if labels.dim() == 2:  # probabilities
+        labels = labels.argmax(-1)
     if int(labels.max()) >= classes or int(labels.min()) < 0:
         raise PlanishError(
             f"a label is {int(labels.max() if labels.max() >= classes else labels.min())}, but the model has "
@@ -76,13 +119,7 @@ def worth(logits: Tensor, labels: Tensor, reference: Tensor | None = None) -> di
     top1 = MulticlassAccuracy(num_classes=classes, average="micro")(logits, labels)
     nll = MeanMetric()(F.cross_entropy(logits, labels, reduction="none"))
     ece = MulticlassCalibrationError(num_classes=classes, n_bins=BINS)(logits.softmax(-1), labels)
-    result = {"top1": top1.item(), "nll": nll.item(), "ece": ece.item()}
-    if reference is not None:
-        other = reference.cpu()
-        if len(other) != len(logits):
-            raise PlanishError(f"the reference has logits of {len(other)} images, the loader has {len(logits)} images")
-        result["flip_rate"] = (logits.argmax(-1) != other.argmax(-1)).float().mean().item()
-    return result
+    return {"top1": top1.item(), "nll": nll.item(), "ece": ece.item()}
 
 
 @torch.no_grad()

@@ -92,8 +92,8 @@ def test_unknown_names_get_three_suggestions():
     names = str(caught.value).split(" are ")[1].split(", ")
     assert len(names) == 3
     assert "resnet50" in names
-    with pytest.raises(PlanishError, match="at least two classes"):
-        load_model("vit", num_classes=1)
+    with pytest.raises(PlanishError, match="num_classes is -1: give the number of outputs, or 0"):
+        load_model("vit", num_classes=-1)
 
 
 FILE = """

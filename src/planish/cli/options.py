@@ -70,6 +70,9 @@ class Quantize:
     budget: Annotated[str | None, arg(metavar="BUDGET", help_behavior_hint="")] = None
     """give each layer's weights bits of their own, as many as fit: 0.9MB, 450kB, 0.13x (of the float size), 2.5Gbops
     (bit operations for one image); activations keep the bits of --scheme"""
+    task: str = "classes"
+    """what the outputs mean: classes, labels (each of several true or not) or features (a network of timm without its
+    head, or one that gives features)"""
     budget_activations: bool = False
     """choose the bits of activations too, attention included; with a budget of bit operations"""
     out: Path = Path("quantized.safetensors")
@@ -116,6 +119,11 @@ class Evaluate:
 
     file: Positional[Annotated[Path | None, arg(metavar="FILE", help_behavior_hint="")]] = None
     """a file that planish wrote, quantized or float; without it --model and --weights say what to measure"""
+    task: str = ""
+    """what the outputs mean: classes, labels or features; default: what the file says, else classes"""
+    against: Annotated[str, arg(metavar="MODEL|FILE", help_behavior_hint="")] = ""
+    """the network in float to compare with, by name (with --weights) or as a file that planish wrote: its answers, or
+    the direction of its features"""
     models: ModelOptions = field(default_factory=ModelOptions)
     trust: bool = False
     """run the Python file that a quantized model names as its architecture"""

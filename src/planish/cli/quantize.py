@@ -28,6 +28,7 @@ from planish.recipes.passes import chosen_passes
 from planish.recipes.processes import is_main, make_console
 from planish.recipes.session import free_cores, say, stoppable
 from planish.recipes.work import Work, duration
+from planish.task import FEATURES, check_task, task_of
 
 
 def execute(command: Quantize) -> None:
@@ -51,8 +52,9 @@ def execute(command: Quantize) -> None:
     threads = command.models.threads or int(before.get("threads", 0)) or free_cores()
     command = replace(command, models=replace(command.models, threads=threads))
     torch.set_num_threads(threads)
+    check_task(command.task)
     with stoppable():
-        material = prepare(config, console)
+        material = prepare(config, console, task=command.task)
         now = {**flat_dict(command), **material.fingerprint()}
         kept.begin(now)
         with (
@@ -95,7 +97,8 @@ def _quantize(
         protocol |= {"budget": bits.budget, "budget_activations": bits.activations}
     kept.finish_log()
     if is_main():
-        save(model, command.out, protocol=protocol, classes=material.classes)
+        names = None if task_of(model) is FEATURES else material.classes
+        save(model, command.out, protocol=protocol, classes=names)
     say(console, f"{command.out}: {scheme} by {method}; {weights_megabytes(model):.3f} MB of weights at their bits")
     if bits is not None:
         say(console, _spent(Budget.parse(bits.budget), loaded.model, model))

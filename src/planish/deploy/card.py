@@ -6,7 +6,9 @@ one float32 output ``logits`` (batch, classes). Its metadata holds, under the ke
     {"format": 1, "planish": "0.1.0", "name": "vit", "scheme": "w4a4", "classes": ["T-shirt/top", ...],
      "preprocessing": {the fields of planish.Preprocessing}, "protocol": {...}}
 
-``format`` is the version of this page. Nothing here needs PyTorch, onnx or ONNX Runtime.
+``task`` may be there, too: ``labels`` (each output is a label, true where its sigmoid is above 0.5) or ``features``;
+without it the outputs are classes. ``format`` is the version of this page. Nothing here needs PyTorch, onnx or ONNX
+Runtime.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ FLOAT = "float"  # the scheme of a model that is not quantized
 MAX_SIDE, MIN_CROP = 8192, 0.01
 _TEXTS = ("planish", "name", "scheme")
 _PREPROCESSING = tuple(Preprocessing.__dataclass_fields__)
-_FIELDS = ("format", *_TEXTS, "classes", "preprocessing", "protocol")
+_FIELDS = ("format", *_TEXTS, "classes", "preprocessing", "protocol", "task")
+_TASKS = ("classes", "labels", "features")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Card:
         preprocessing: how an image becomes the model's input.
         planish: the version that wrote the file.
         protocol: what the numbers of this model depend on, as plain JSON values.
+        task: what the outputs mean: ``classes``, ``labels`` or ``features``.
 
     Raises:
         PlanishError: a field is of another kind, empty, or of an impossible size.
@@ -51,8 +55,11 @@ class Card:
     preprocessing: Preprocessing
     planish: str
     protocol: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "classes"
 
     def __post_init__(self) -> None:
+        if self.task not in _TASKS:
+            raise PlanishError(f"the card of the model: task is {self.task!r:.60}, expected {', '.join(_TASKS)}")
         for key in _TEXTS:
             value = getattr(self, key)
             if not isinstance(value, str) or not value:
@@ -81,6 +88,8 @@ class Card:
             "classes": list(self.classes), "preprocessing": self.preprocessing.to_dict(),
             "protocol": dict(self.protocol),
         }  # fmt: skip
+        if self.task != "classes":
+            values["task"] = self.task
         try:
             return {KEY: json.dumps(values, allow_nan=False, ensure_ascii=False)}
         except (TypeError, ValueError) as error:
@@ -112,7 +121,7 @@ def _from_values(values: dict[str, Any]) -> Card:
             f"the card of the model has format {values['format']!r:.60}, this planish reads {FORMAT}: "
             "update planish, or export the model again"
         )
-    _check_names("the card of the model", values, _FIELDS)
+    _check_names("the card of the model", values, _FIELDS, {"task"})
     classes, preprocessing = values["classes"], values["preprocessing"]
     if not isinstance(preprocessing, dict):
         raise PlanishError(f"the card of the model: preprocessing is {preprocessing!r:.60}, expected a JSON object")
@@ -120,7 +129,7 @@ def _from_values(values: dict[str, Any]) -> Card:
     return Card(
         name=values["name"], scheme=values["scheme"], planish=values["planish"], protocol=values["protocol"],
         classes=tuple(classes) if isinstance(classes, list) else classes,
-        preprocessing=preprocessing_from(preprocessing),
+        preprocessing=preprocessing_from(preprocessing), task=values.get("task", "classes"),
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ from planish.models import Preprocessing
 from planish.models.weights import write_whole
 from planish.network.folding import tensors_in
 from planish.network.modes import evaluating
+from planish.task import CLASSES, task_of
 
 
 @torch.no_grad()
@@ -71,6 +72,8 @@ def save(
     path = Path(path)
     images = find_preprocessing(model, preprocessing)
     card = dict(getattr(model, "planish_protocol", None) or {}) if protocol is None else dict(protocol)
+    if (task := task_of(model)) is not CLASSES:
+        card["task"] = task.name
     content = content_of(model)
     chosen = _fitting_recipe(find_recipes(model, recipe), content, given=recipe is not None)
     head = replace(

@@ -26,7 +26,7 @@ class Answer:
 
     Attributes:
         labels: the classes.
-        probabilities: in the order of ``labels``; their sum is 1.
+        probabilities: in the order of ``labels``; their sum is 1, but where each label is true or not by itself.
         milliseconds: that the network took, without decoding and resizing.
     """
 
@@ -63,6 +63,8 @@ class Classifier:
         self._session = _open(self.path, threads)
         try:
             self.card: Card = read_card(self._session.get_modelmeta().custom_metadata_map)
+            if self.card.task == "features":
+                raise PlanishError("the model gives features and no classes, so there is nothing to name")
             _check_signature(self._session, self.card)
         except PlanishError as error:
             raise PlanishError(f"{self.path}: {error}") from error
@@ -120,8 +122,11 @@ class Classifier:
         """What :meth:`run` gave, as labels and probabilities."""
         logits, milliseconds = result
         order = np.argsort(-logits, kind="stable")
-        powers = np.exp((logits - logits.max()).astype(np.float64))
-        probabilities = powers / powers.sum()
+        if self.card.task == "labels":
+            probabilities = 1 / (1 + np.exp(-np.clip(logits.astype(np.float64), -500, 500)))
+        else:
+            powers = np.exp((logits - logits.max()).astype(np.float64))
+            probabilities = powers / powers.sum()
         labels = tuple(self.card.classes[i] for i in order)
         return Answer(labels, tuple(probabilities[order].tolist()), milliseconds)
 

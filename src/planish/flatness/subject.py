@@ -20,6 +20,7 @@ from planish.ptq.grids import watch_grids
 from planish.ptq.sensitivity import Switch
 from planish.quantizers import UniformQuantizer
 from planish.scheme import Scheme
+from planish.task import CLASSES, task_of
 
 Batch = tuple[Any, Tensor]  # inputs and labels
 
@@ -70,6 +71,11 @@ class Subject:
         The quantizers are those of ``planish.quantize(model, calibration, scheme, "rtn")``; here the network is
         watched once for all schemes.
         """
+        if task_of(model) is not CLASSES:
+            raise PlanishError(
+                f"a diagnosis looks at the cross-entropy of classes, and the outputs of this {type(model).__name__} "
+                f"are {task_of(model).name}: compare planish.evaluate before and after instead"
+            )
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         split = [split_batch(to_device(batch, device)) for batch in sound(batches, "diagnosis")]
         if not split or not schemes:

@@ -19,6 +19,7 @@ from planish.network import Assignment, assign, reestimate_batchnorm, watch
 from planish.network.batches import first_image, split_batch, to_device
 from planish.network.coverage import check_patterns
 from planish.scheme import Scheme
+from planish.task import FEATURES, say_task, task_of
 from planish.training import (
     SAM,
     Averaging,
@@ -131,6 +132,7 @@ def flatten(
     epochs: int | None = None,
     seed: int | None = None,
     allow: Iterable[str] = (),
+    task: str | None = None,
     checkpoint_dir: Path | None = None,
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
     resume: bool = False,
@@ -147,6 +149,8 @@ def flatten(
             schemes' errors are measured and imitated.
         settings: what noise, what objective, how long; ``epochs`` and ``seed`` override its training settings.
         allow: shell patterns of products that may stay in float.
+        task: what the outputs mean (:mod:`planish.task`): ``classes`` (the default), ``labels`` or ``features``. These
+            are held to those of the given network; labels are not read then.
         checkpoint_dir, checkpoint_minutes, resume, progress, log, should_stop: as in :func:`planish.training.train`.
 
     Returns:
@@ -162,6 +166,7 @@ def flatten(
     settings = replace(settings, training=training)
     allow = (allow,) if isinstance(allow, str) else tuple(allow)
     flat = copy.deepcopy(model)
+    say_task(flat, task)
     accelerator = make_accelerator(training.mixed_precision)
     flat.to(accelerator.device)
     batch = next(iter(loader), None)
@@ -175,6 +180,8 @@ def flatten(
         check_patterns(watched, allow)
         if settings.imitates:  # else nothing is tapped, so nothing has to be in reach
             plans = [assign(watched, one, allow=allow) for one in schemes]
+    if task_of(flat) is FEATURES:
+        settings = replace(settings, task=0.0, distillation=settings.distillation or settings.task)
     ingredients = make_ingredients(settings, model, plans)
     train(
         flat, loader, ingredients, training, accelerator=accelerator, checkpoint_dir=checkpoint_dir,

@@ -22,6 +22,7 @@ from planish.models.torchvision_models import PREFIX as TORCHVISION
 from planish.models.torchvision_models import build_torchvision, load_torchvision
 from planish.models.weights import fit_weights, read_weights, state_hash
 from planish.network.batches import logits_of
+from planish.task import FEATURES, LABELS, say_task, task_of
 
 if TYPE_CHECKING:
     from planish.data import ImageData
@@ -58,14 +59,18 @@ def load_model(
             have their own weights, a name of timm or of the hub its published ones (downloaded), a model from a file
             what its function gave it.
         num_classes: size of the head. Default: what the checkpoint has. Another one than the pretrained weights' gets
-            a new head, the same for every call.
+            a new head, the same for every call. 0 takes the head off (networks of timm): the outputs are features, as
+            the attribute ``planish_task`` then says.
         trust: whether code in a named Python file may be run.
 
     Raises:
         PlanishError: for an unknown name, weights that cannot be had or do not fit, or a file that builds no model.
     """
-    if num_classes is not None and num_classes < 2:
-        raise PlanishError(f"num_classes is {num_classes}: a classifier needs at least two classes")
+    if num_classes is not None and num_classes < 0:
+        raise PlanishError(
+            f"num_classes is {num_classes}: give the number of outputs, or 0 for features without a head"
+        )
+    headless, num_classes = num_classes == 0, num_classes or None
     state = None if weights is None else read_weights(weights)[0]
     classes: tuple[str, ...] | None = None
     if (file := split_file_name(name)) is not None:
@@ -85,6 +90,8 @@ def load_model(
         preprocessing = timm_preprocessing(model)
     if state is not None:
         fit_weights(model, state, name=name, source=str(weights))
+    if headless:
+        _take_off_head(model, name, recipe)
     # copies keep attributes, so planish.save finds them in whatever is made of the model
     model.planish_recipe, model.planish_preprocessing = recipe, preprocessing  # type: ignore[assignment]
     if classes is not None:
@@ -173,6 +180,22 @@ def _new_head(model: Any, classes: int) -> None:
         model.reset_classifier(classes)
 
 
+def loses_head(name: str) -> bool:
+    """Whether ``load_model(name, num_classes=0)`` gives features: embedded networks and those of timm."""
+    return split_file_name(name) is None and not is_huggingface(name) and not name.startswith(TORCHVISION)
+
+
+def _take_off_head(model: Any, name: str, recipe: dict[str, Any]) -> None:
+    if recipe["source"] != "timm":
+        raise PlanishError(
+            f"{name}: only networks of timm lose their head by num_classes=0; give file.py:function that returns one "
+            f"without a head, and planish_task = 'features' as its attribute"
+        )
+    model.reset_classifier(0)
+    recipe["arguments"] = {**recipe["arguments"], "num_classes": 0}
+    say_task(model, FEATURES.name)
+
+
 @torch.no_grad()
 def check_classes(model: nn.Module, data: ImageData) -> None:
     """Put one test image through the model and compare the width of its output with the number of classes.
@@ -192,8 +215,13 @@ def check_classes(model: nn.Module, data: ImageData) -> None:
     finally:
         model.train(training)
     output = logits_of(output)
+    task = task_of(model, output)
+    if task is FEATURES:
+        return
     if output.dim() != 2:
         raise PlanishError(f"the model's output has shape {tuple(output.shape)}, expected logits (images, classes)")
+    if task is LABELS and output.shape[1] == 1 and len(data.classes) == 2:
+        return  # the second class, or not
     if output.shape[1] != len(data.classes):
         raise PlanishError(
             f"the model gives {output.shape[1]} logits and {data.name} has {len(data.classes)} classes: "

@@ -37,10 +37,16 @@ def split_batch(batch: Any) -> tuple[Any, Tensor | None]:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in a model's output: a tensor, an object or mapping with ``logits``, or the first part of a tuple."""
+    """The logits in a model's output: a tensor, an object or mapping with ``logits``, or the first part of a tuple.
+
+    Of a model without a head, whose output has no logits, the features: ``pooler_output``, else ``last_hidden_state``.
+    """
     if isinstance(output, Tensor):
         return output
-    logits = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    logits = None
+    for name in ("logits", "pooler_output", "last_hidden_state"):
+        if logits is None:
+            logits = output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
     if logits is None and isinstance(output, (tuple, list)) and output and isinstance(output[0], Tensor):
         logits = output[0]
     if not isinstance(logits, Tensor):

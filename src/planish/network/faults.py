@@ -66,7 +66,8 @@ def label_fault(labels: Any, logits: Tensor) -> str | None:
             f"has labels of shape {tuple(labels.shape)} for logits of shape {tuple(logits.shape)}: expected one class "
             f"number an image, {tuple(logits.shape[:1])}"
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    number = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
+    if not number and logits.shape[-1] != 1:  # one logit alone is a label, which may be true or a share
         return (
             f"has labels of type {str(labels.dtype).removeprefix('torch.')}: expected class numbers, which are integers"
         )

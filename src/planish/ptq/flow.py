@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from planish.network.batches import call_model, logits_of, map_tensors
 from planish.network.units import Unit, first_tensor
 from planish.ptq.shelf import Shelf
+from planish.task import task_of
 
 
 class _Reached(Exception):
@@ -231,6 +232,7 @@ class Suffix:
     """
 
     def __init__(self, flow: Flow, index: int, last: str, reference: Tensor, reference_features: Tensor) -> None:
+        self.task = task_of(flow.teacher, reference)
         self.flow, self.index, self.last = flow, index, last
         self.reference, self.reference_features = reference, reference_features
         self.device = _device(flow.batches[0])

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from planish.errors import PlanishError
@@ -89,7 +88,7 @@ class PredictionDifference:
 
     def __call__(self, z: Tensor, y: Tensor, places: Tensor) -> Tensor:
         logits = self.suffix.logits(z)
-        kl = divergence(logits, self.suffix.reference[places].to(z.device), TEMPERATURE)
+        kl = self.suffix.task.divergence(self.suffix.reference[places].to(z.device), logits, TEMPERATURE)
         return self.first("logits", kl) + self.first(LOCAL, squared_error(z, y))
 
 
@@ -115,12 +114,6 @@ class First:
         return value / scale
 
 
-def divergence(logits: Tensor, reference: Tensor, temperature: float = 1.0) -> Tensor:
-    """``KL(softmax(reference / T) || softmax(logits / T))``, a mean over images."""
-    ours, theirs = (F.log_softmax(t.float() / temperature, -1) for t in (logits, reference))
-    return F.kl_div(ours.flatten(0, -2), theirs.flatten(0, -2), log_target=True, reduction="batchmean")
-
-
 def output_gradients(flow: Flow, index: int, data: UnitData, suffix: Suffix) -> tuple[Tensor, Tensor]:
     """The output of the unit as it is rounded now, and the gradient there of the divergence of the logits from the
     float network's: two tensors with a row an image."""
@@ -130,7 +123,7 @@ def output_gradients(flow: Flow, index: int, data: UnitData, suffix: Suffix) -> 
             z = flow.run("student", index, data.quantized[places].to(suffix.device))
         z.requires_grad_()
         with torch.enable_grad():
-            loss = divergence(suffix.logits(z), suffix.reference[places].to(z.device)) * len(places)
+            loss = suffix.task.divergence(suffix.reference[places].to(z.device), suffix.logits(z)) * len(places)
             (gradient,) = torch.autograd.grad(loss, z)
         outputs[places], gradients[places] = z.detach().to(outputs.device), gradient.to(outputs.device)
     return outputs, gradients

@@ -15,6 +15,7 @@ from planish.network import Assignment, assign, detach, watch
 from planish.network.batches import call_model, first_image, logits_of
 from planish.ptq.journal import Journal
 from planish.scheme import Scheme
+from planish.task import Task, task_of
 
 
 @dataclass
@@ -33,6 +34,11 @@ class Calibration:
     progress: Callable[[float], None] = lambda share: None  # of the pass that is running
     journal: Journal = field(default_factory=Journal)  # what an interrupted quantization had done
     place: int = 0  # of the running pass in the list
+
+    @property
+    def task(self) -> Task:
+        """What the outputs mean."""
+        return task_of(self.model, self.reference[0])
 
     def record(self, **line: Any) -> None:
         """Write a line into the log."""
@@ -67,9 +73,12 @@ def run_logits(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
 
 
 def measure(calibration: Calibration) -> dict[str, float]:
-    """Mean squared error of the logits and top-1 agreement with the float model, on the calibration images."""
+    """Mean squared error of the logits and agreement with the float model, on the calibration images.
+
+    Agreement is the share of equal first classes (or sets of labels), or the mean cosine of features.
+    """
     logits, reference = torch.cat(run_logits(calibration.model, calibration.batches)), torch.cat(calibration.reference)
-    agreement = (logits.argmax(-1) == reference.argmax(-1)).float().mean().item()
+    agreement = calibration.task.alike(reference, logits).mean().item()
     return {"mse": F.mse_loss(logits, reference).item(), "agreement": agreement}
 
 

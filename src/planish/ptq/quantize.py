@@ -18,6 +18,7 @@ from planish.ptq.journal import Journal, fingerprint
 from planish.ptq.methods import get_method
 from planish.ptq.passes import Calibration, Pass, run_logits, run_passes
 from planish.scheme import Scheme
+from planish.task import say_task
 
 
 def quantize(
@@ -27,6 +28,7 @@ def quantize(
     method: str | Sequence[Pass] = "rtn",
     *,
     allow: Iterable[str] = (),
+    task: str | None = None,
     checkpoint_dir: Path | None = None,
     resume: bool = False,
     log: Callable[[dict[str, Any]], None] | None = None,
@@ -35,11 +37,12 @@ def quantize(
     """Quantize a copy of ``model``; the given one is left untouched.
 
     Args:
-        model: a trained classifier in float.
+        model: a trained network in float: a classifier, or one that gives features.
         calibration: batches of images (labels, if there are any, are not read).
         scheme: ``"w4a4"`` and the like, or a :class:`~planish.scheme.Scheme`.
         method: the name of a method, or a list of passes.
         allow: shell patterns of products that may stay in float.
+        task: what the outputs mean (:mod:`planish.task`): ``classes`` (the default), ``labels`` or ``features``.
         checkpoint_dir: folder in which methods that learn keep each unit that is done; it is left there.
         resume: take what is done from ``checkpoint_dir``; the result is that of an uninterrupted quantization.
         log: receives one record per pass, as it ends (loss and agreement before and after, seconds), and what passes
@@ -61,6 +64,7 @@ def quantize(
     if not batches:
         raise PlanishError("there is no calibration batch: pass a loader with at least one batch of images")
     twin = copy.deepcopy(model).eval().requires_grad_(False)
+    say_task(twin, task)
     patterns = (allow,) if isinstance(allow, str) else tuple(allow)
     plan = assign(watch(twin, first_image(batches[0])), scheme, allow=patterns)
     work = Calibration(twin, batches, plan, _reference(twin, batches), given=model, allow=patterns)

@@ -1,7 +1,8 @@
 """What one tensor on a grid costs the network: measured in the logits, or estimated from the curvature of the loss.
 
 Both are a Kullback-Leibler divergence between the classes that the float network predicts and those that it predicts
-with this one tensor rounded, in nats, averaged over the images; both leave everything else in float.
+with this one tensor rounded, in nats, averaged over the images; both leave everything else in float. Where the outputs
+are labels or features, it is their distance (:mod:`planish.task`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from planish.network import Product, attach, detach
 from planish.network.batches import call_model, cut, logits_of, map_tensors
 from planish.ptq.passes import run_logits
+from planish.task import task_of
 
 Quantizers = Mapping[str, nn.Module]  # by the name of the site
 
@@ -72,13 +74,15 @@ def measured_losses(
     classes. One pass over the batches for each trial. The model has no taps, before and after.
     """
     reference = torch.cat(run_logits(model, batches))
+    task = task_of(model, reference)
     switches: dict[str, Any] = attach(model, products, lambda site: Switch())
     losses = []
     try:
         for trial in trials:
             for name, quantizer in trial.items():
                 switches[name].quantizer = quantizer
-            losses.append(kl_divergence(reference, torch.cat(run_logits(model, batches))).mean().item())
+            logits = torch.cat(run_logits(model, batches)).double()
+            losses.append(task.distance(reference.double(), logits).clamp(min=0).mean().item())
             for name in trial:
                 switches[name].quantizer = None
     finally:
@@ -185,11 +189,10 @@ def fisher_losses(
             for start in range(0, batch_size(batch), images):
                 part = cut(batch, start, start + images)
                 for _ in range(draws):
-                    log_p = logits_of(call_model(model, part)).float().log_softmax(-1)
-                    drawn = torch.multinomial(log_p.detach().exp().cpu(), 1, generator=generator).to(log_p.device)
-                    (-log_p.gather(-1, drawn).sum()).backward()
+                    outputs = logits_of(call_model(model, part)).float()
+                    task_of(model, outputs).draw(outputs, generator).backward()  # type: ignore[no-untyped-call]
                     for probe in probes.values():
                         probe.take()
-                    count += len(log_p)
+                    count += len(outputs)
         with torch.no_grad():
             return {name: {key: p.total(key) / (2 * count) for key in p.quantizers} for name, p in probes.items()}

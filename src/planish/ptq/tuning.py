@@ -14,15 +14,16 @@ from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of, map_tensors, split_batch, to_device
 from planish.network.modes import evaluating
 from planish.ptq.affines import Affines
-from planish.ptq.objectives import divergence as plain_divergence
 from planish.ptq.passes import Calibration
+from planish.task import CLASSES, Task, task_of
 
 CHECKS = 10  # times that the distance on the held-out images is taken; the best of the checks is kept
 
 
-def divergence(logits: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """``T^2 KL(softmax(target / T) || softmax(logits / T))``, the mean over the images; logits (B, classes)."""
-    return temperature**2 * plain_divergence(logits, target, temperature)
+def divergence(logits: Tensor, target: Tensor, temperature: float, task: Task = CLASSES) -> Tensor:
+    """``T^2`` times the task's divergence at that temperature, for classes ``KL(softmax(target / T) || softmax(logits /
+    T))``: the mean over the images; logits (B, classes)."""
+    return temperature**2 * task.divergence(target, logits, temperature)
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,8 @@ class Tuning:
         for part in torch.arange(len(images)).split(max(self.batch, 64)):
             some = images[part]
             logits = logits_of(call_model(model, some.inputs))
-            total += len(some) * float(divergence(logits, some.targets, self.temperature))
+            task = task_of(model, logits)
+            total += len(some) * float(divergence(logits, some.targets, self.temperature, task))
         return total / len(images)
 
     def tune(self, model: nn.Module, affines: Affines, batches: Iterator[Images], held: Images) -> tuple[float, float]:
@@ -156,7 +158,8 @@ class Tuning:
             best = affines.values()
             for step in range(1, self.steps + 1):
                 some = next(batches)
-                loss = divergence(logits_of(call_model(model, some.inputs)), some.targets, self.temperature)
+                logits = logits_of(call_model(model, some.inputs))
+                loss = divergence(logits, some.targets, self.temperature, task_of(model, logits))
                 optimizer.zero_grad()
                 loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(parameters, self.clip)

@@ -14,7 +14,6 @@ from itertools import islice
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planish.data.views import distort, random_view
@@ -22,6 +21,7 @@ from planish.errors import PlanishError
 from planish.network.batches import call_model, cut, logits_of, map_tensors, size_of, split_batch, to_device
 from planish.network.faults import BadBatch, fault_in
 from planish.qat.method import Context, Method
+from planish.task import CLASSES, Task, task_of
 from planish.training import Ingredient
 from planish.training.engine import begin_epoch
 from planish.training.loop import Run
@@ -30,11 +30,12 @@ from planish.training.shares import Share, SharedLoader, bounds
 EVALUATED = ("student", "teacher")
 
 
-def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
-    """``KL(softmax(teacher / T) || softmax(student / T))``, the mean over the images; no gradient to the teacher."""
-    log_student = F.log_softmax(student.float() / temperature, -1)
-    target = F.softmax(teacher.detach().float() / temperature, -1)
-    return F.kl_div(log_student, target, reduction="batchmean")
+def divergence(student: Tensor, teacher: Tensor, temperature: float = 1.0, task: Task = CLASSES) -> Tensor:
+    """``KL(softmax(teacher / T) || softmax(student / T))``, or what the task has in its place: the mean over images.
+
+    There is no gradient to the teacher.
+    """
+    return task.divergence(teacher.detach(), student, temperature)
 
 
 def ramp_up(progress: float, length: float) -> float:
@@ -178,10 +179,12 @@ class ConsistencyRegularization(Ingredient):
 
     def loss(self, run: Run, inputs: Any, labels: Tensor | None, logits: Tensor) -> Tensor:
         assert self.target is not None
-        total = divergence(logits, self.target, self.temperature)
+        task = task_of(run.model, logits)
+        total = divergence(logits, self.target, self.temperature, task)
         if self.extra is not None:
             view, target = self.extra
-            total = total + divergence(logits_of(call_model(run.wrapped, view)), target, self.temperature)
+            seen = logits_of(call_model(run.wrapped, view))
+            total = total + divergence(seen, target, self.temperature, task)
         return self.weight * ramp_up(run.progress, self.ramp) * total
 
     def after_step(self, run: Run) -> None:

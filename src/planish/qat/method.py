@@ -13,6 +13,7 @@ from planish.errors import PlanishError
 from planish.network import Assignment, Product, Site
 from planish.quantizers import TrainableQuantizer
 from planish.scheme import Scheme
+from planish.task import FEATURES, task_of
 from planish.training import Distillation, Ingredient, TaskLoss
 
 
@@ -107,8 +108,10 @@ class Method:
         if not 0 <= self.label_smoothing < 1:
             raise PlanishError(f"{self.name} has label_smoothing={self.label_smoothing}: it lies in [0, 1)")
         parts: list[Ingredient] = []
-        if self.task:
+        features = task_of(context.model) is FEATURES  # which nothing but the float network's can be compared with
+        distillation = self.distillation or (self.task if features else 0.0)
+        if self.task and not features:
             parts.append(TaskLoss(self.task, self.label_smoothing))
-        if self.distillation:
-            parts.append(Distillation(context.teacher(), self.distillation, self.temperature))
+        if distillation:
+            parts.append(Distillation(context.teacher(), distillation, self.temperature))
         return parts

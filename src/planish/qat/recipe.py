@@ -21,6 +21,7 @@ from planish.qat.methods import get_method
 from planish.qat.prepare import bake_quantizers, insert_quantizers
 from planish.qat.upkeep import Upkeep
 from planish.scheme import Scheme
+from planish.task import say_task
 from planish.training import Averaging, Ingredient, TrainingSettings, make_accelerator, train
 from planish.training.engine import begin_epoch, equalize_buffers
 from planish.training.loop import CHECKPOINT_MINUTES
@@ -57,6 +58,7 @@ def train_quantized(
     epochs: int | None = None,
     seed: int | None = None,
     allow: Iterable[str] = (),
+    task: str | None = None,
     extra: Iterable[Ingredient] = (),
     checkpoint_dir: Path | None = None,
     checkpoint_minutes: float = CHECKPOINT_MINUTES,
@@ -78,6 +80,8 @@ def train_quantized(
         unlabelled: batches of images for methods that can use them (``cr``).
         settings: how long, how fast; ``epochs`` and ``seed`` override its training settings.
         allow: shell patterns of products that may stay in float.
+        task: what the outputs mean (:mod:`planish.task`): ``classes`` (the default), ``labels`` or ``features``. These
+            are held to those of the network in float; labels are not read then.
         extra: further ingredients, after those of the method.
         checkpoint_dir, checkpoint_minutes, resume, progress, log, should_stop: as in :func:`planish.training.train`.
 
@@ -93,6 +97,7 @@ def train_quantized(
     method = get_method(method) if isinstance(method, str) else method
     accelerator = make_accelerator(training.mixed_precision)
     student, teacher = copy.deepcopy(model).to(accelerator.device), _in_float(given or model).to(accelerator.device)
+    say_task(student, task)
     begin_epoch(calibration or loader, 0, training.seed)
     batches = _inputs(calibration or loader, None if calibration else settings.calibration_batches, accelerator.device)
     plan = _plan(student, method, scheme, batches[0], allow)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from accelerate.utils import gather_object
@@ -14,10 +15,11 @@ from torch.utils.data import DataLoader
 from planish.data import ImageData, calibration_subset, load_data, make_loader
 from planish.data.listing import enumerated
 from planish.errors import PlanishError
-from planish.models import LoadedModel, check_classes, classes_of, load_model
+from planish.models import LoadedModel, check_classes, classes_of, load_model, loses_head
 from planish.recipes.config import RunConfig
 from planish.recipes.processes import count_processes
 from planish.recipes.session import say
+from planish.task import FEATURES, say_task
 from planish.training import make_accelerator
 
 
@@ -63,10 +65,13 @@ class Material:
         return found if processes == 1 else {**found, "processes": processes}
 
 
-def prepare(config: RunConfig, console: Console, *, calibrate: bool = True) -> Material:
-    """Load model and images and check that they belong together, before anything long begins."""
+def prepare(config: RunConfig, console: Console, *, calibrate: bool = True, task: str = "") -> Material:
+    """Load model and images and check that they belong together, before anything long begins.
+
+    ``task``: what the outputs mean (:mod:`planish.task`), if it is said.
+    """
     options = config.models
-    loaded = load_model(options.model, weights=options.weights, trust=True)
+    loaded = load_for(task, options.model, options.weights)
     if next(loaded.model.parameters(), None) is None:
         raise PlanishError(f"{options.model} has no parameters, so there is nothing to quantize")
     data = load_data(options.data, loaded.preprocessing, seed=options.seed, progress=watch_images(console))
@@ -100,6 +105,14 @@ def tell_replaced(material: Material, console: Console) -> dict[str, Any]:
     say(console, f"note: {len(names)} training images could not be read any more, and others of their class took "
                  f"their place: {enumerated(names)}")  # fmt: skip
     return {"images_replaced": len(names)}
+
+
+def load_for(task: str, name: str, weights: Path | None) -> LoadedModel:
+    """A network whose outputs mean what is said; an embedded one, or one of timm, gives features without its head."""
+    headless = task == FEATURES.name and loses_head(name)
+    loaded = load_model(name, weights=weights, num_classes=0 if headless else None, trust=True)
+    say_task(loaded.model, task or None)
+    return loaded
 
 
 def watch_images(console: Console) -> Callable[[int, int], None]:

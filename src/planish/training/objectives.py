@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of
 from planish.network.faults import BadBatch, label_fault, range_fault
+from planish.task import FEATURES, LABELS, task_loss, task_of
 from planish.training.ingredients import Ingredient
 from planish.training.loop import Run
 
 
 class TaskLoss(Ingredient):
-    """``weight * cross_entropy(logits, labels)``; labels are class indices."""
+    """``weight`` times the loss of the task (:mod:`planish.task`): the cross-entropy with class indices, or the binary
+    one with (N, C) labels."""
 
     sharded = True
 
@@ -34,11 +36,15 @@ class TaskLoss(Ingredient):
             raise PlanishError(
                 "the task loss needs labels, but the loader yields images only; use distillation instead"
             )
-        _refuse(label_fault(labels, logits))
+        task = task_of(run.model, logits)
+        if task is FEATURES:
+            raise PlanishError("features are neither right nor wrong: train them by distillation, without a task loss")
+        if task is not LABELS:
+            _refuse(label_fault(labels, logits))
         if self._classes is None:
-            self._classes = logits.shape[-1]
+            self._classes = max(2, logits.shape[-1]) if task is LABELS else logits.shape[-1]
             _refuse(range_fault(labels, self._classes))
-        return self.weight * F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
+        return self.weight * task_loss(task, logits, labels, self.label_smoothing)
 
 
 def _refuse(fault: str | None) -> None:
@@ -68,7 +74,10 @@ class _Taught(Ingredient):
 
 
 class Distillation(_Taught):
-    """``weight * T^2 * KL(teacher / T || student / T)`` (Hinton et al. 2015, arXiv 1503.02531); reads no labels."""
+    """``weight * T^2 * KL(teacher / T || student / T)`` (Hinton et al. 2015, arXiv 1503.02531); reads no labels.
+
+    The divergence is that of the task: of a softmax, of a sigmoid for each label, or the distance of features.
+    """
 
     def __init__(self, teacher: nn.Module, weight: float = 1.0, temperature: float = 1.0) -> None:
         super().__init__(teacher, weight)
@@ -76,10 +85,7 @@ class Distillation(_Taught):
 
     def loss(self, run: Run, inputs: Any, labels: Tensor | None, logits: Tensor) -> Tensor:
         t = self.temperature
-        divergence = F.kl_div(
-            F.log_softmax(logits / t, -1), F.log_softmax(self.target / t, -1), log_target=True, reduction="batchmean"
-        )
-        return self.weight * t * t * divergence
+        return self.weight * t * t * task_of(run.model, logits).divergence(self.target, logits, t)
 
 
 class OutputError(_Taught):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +12,22 @@ from torch import nn
 
 from planish import __version__
 from planish.deploy.card import Card
-from planish.deploy.onnx.runtime import FLOAT, INTEGER, Agreement, compare, kernels, open_session, some_images
+from planish.deploy.onnx.runtime import (
+    FLOAT,
+    INTEGER,
+    Agreement,
+    Executed,
+    compare,
+    executed,
+    open_session,
+    some_images,
+)
 from planish.deploy.origin import find_classes, find_preprocessing
 from planish.errors import PlanishError
 from planish.models import Preprocessing
 from planish.models.weights import write_whole
 from planish.network.batches import split_batch
+from planish.task import CLASSES, FEATURES, LABELS, task_of
 
 LAYOUTS = ("small", "fast")
 
@@ -67,7 +77,7 @@ class Exported:
                 f"{self.output_grids} outputs of convolutions and sums have a grid of 8 bits, which the model has not"
             )
         lines.append(
-            f"same first class as the PyTorch model on {agreement.images - len(agreement.differing)} of "
+            f"same {agreement.same} as the PyTorch model on {agreement.images - len(agreement.differing)} of "
             f"{agreement.images} {agreement.what}; largest difference of a logit {agreement.largest:.2g}"
         )
         lines += [f"differs: image {index}, margin {margin:.4f}" for index, margin in agreement.differing]
@@ -124,6 +134,7 @@ def export(
     except ImportError as error:
         raise PlanishError(f"{error.name} is not installed: pip install 'planish[onnx]'") from None
     path, prepared = Path(path), find_preprocessing(model, preprocessing)
+    task = task_of(model)
     graph, lowering, grids = _graph(model, prepared, layout, calibration if output_bits else None)
     scheme = _scheme(model)
     card = Card(
@@ -131,31 +142,42 @@ def export(
         scheme, _labels(model, graph, classes), prepared, __version__,
         dict(protocol if protocol is not None else getattr(model, "planish_protocol", None) or {}),
     )  # fmt: skip
-    graph.metadata_props.update(card.to_metadata())
+    task = LABELS if task is CLASSES and len(card.classes) == 1 else task
+    graph.metadata_props.update(replace(card, task=task.name).to_metadata())
     content = ir.to_proto(graph).SerializeToString()
     looked, what = (some_images(prepared.input_size), "random images") if images is None else (images, "images")
     found: list[Any] = []
 
     def check(written: Path) -> None:
-        found.extend((compare(model, open_session(written), looked, what), kernels(written)))
+        found.extend((compare(model, open_session(written), looked, what), executed(written)))
 
     write_whole(path, content, check)
-    agreement, counted = found
+    agreement, ran = found
     return Exported(
-        path, scheme, layout, len(content), dict(lowering.weights), tuple(lowering.forms),
-        dict(sorted(counted.items())), agreement, grids,
+        path, scheme, layout, len(content), dict(lowering.weights), _as_executed(lowering.forms, ran),
+        dict(sorted(ran.kernels.items())), agreement, grids,
     )  # fmt: skip
+
+
+def _as_executed(forms: Sequence[Any], ran: Executed) -> tuple[Any, ...]:
+    """The forms, corrected where the runtime took no integer kernel for what was written for one."""
+    why = "ONNX Runtime found no integer kernel for it and computes its codes in float, with the same result"
+    return tuple(
+        replace(form, kernel="float", why=why, inexact_channels=0) if form.node and form.node in ran.in_float else form
+        for form in forms
+    )
 
 
 def _graph(model: nn.Module, prepared: Preprocessing, layout: str, calibration: Iterable[Any] | None) -> Any:
     from planish.deploy.onnx.graph import DOMAIN, network_graph
-    from planish.deploy.onnx.lower import Lowering
+    from planish.deploy.onnx.lower import CONSTANT, Form, Lowering
+    from planish.deploy.onnx.operands import product_of
     from planish.deploy.onnx.outputs import add_output_grids
     from planish.deploy.onnx.tidy import tidy
 
     like = next((p for p in model.parameters() if p.is_floating_point()), torch.empty(0))
     graph = network_graph(model, torch.zeros(2, *prepared.input_size, dtype=like.dtype, device=like.device))
-    tidy(graph.graph)
+    folded = tidy(graph.graph)
     grids = 0
     if calibration is not None:
         batches = (split_batch(batch)[0].float().cpu().numpy() for batch in calibration)
@@ -163,6 +185,7 @@ def _graph(model: nn.Module, prepared: Preprocessing, layout: str, calibration: 
         tidy(graph.graph)
     # with grids of its own the file is no longer the network to the bit
     lowering = Lowering(graph.graph, layout, exact=not grids)
+    lowering.forms += [Form(product_of(site), CONSTANT) for site in folded]
     lowering.run()
     if lowering.has_two_bits:
         graph.graph.opset_imports[""] = 25  # the first with 2-bit tensors
@@ -176,13 +199,14 @@ def _scheme(model: nn.Module) -> str:
 
 
 def _labels(model: nn.Module, graph: Any, classes: Sequence[str] | None) -> tuple[str, ...]:
-    given = find_classes(model, classes)
+    given = None if task_of(model) is FEATURES else find_classes(model, classes)
     shape = graph.graph.outputs[0].shape
     count = shape[-1] if shape is not None and len(shape) == 2 and isinstance(shape[-1], int) else None
     if count is None:
         raise PlanishError(f"{type(model).__name__} does not give logits of shape (images, classes)")
     if given is None:
-        return tuple(f"class {i}" for i in range(count))
+        kind = {"labels": "label", "features": "feature"}.get(task_of(model).name, "class")
+        return tuple(f"{kind} {i}" for i in range(count))
     if len(given) != count:
         raise PlanishError(f"{len(given)} class names for {count} logits: give a name for each, in their order")
     return given

@@ -28,7 +28,8 @@ from planish.deploy.onnx.outputs import is_own
 from planish.deploy.onnx.tidy import quantizers
 from planish.deploy.onnx.weights import WeightCodes, weight_values
 
-PRODUCTS = ("Conv", "ConvTranspose", "MatMul")
+CONSTANT = "computed when the file is written"  # the kernel of a product that no image reaches
+PRODUCTS = ("Conv", "ConvTranspose", "MatMul", "Einsum")
 _CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 
@@ -37,12 +38,14 @@ class Form:
     """How one product was written: its ``kernel``, and ``why`` where that is no integer kernel.
 
     ``inexact_channels``: how many output channels may round one code away from the network's own formula.
+    ``node``: what its node in the graph is called, where a runtime has yet to choose the kernel.
     """
 
     name: str
     kernel: str
     why: str = ""
     inexact_channels: int = 0
+    node: str = ""
 
 
 @dataclass
@@ -73,7 +76,10 @@ class Lowering:
     def run(self) -> None:
         """Replace every ``FakeQuantize`` node."""
         if not self.in_float:
-            for node in [node for node in self.graph if node.op_type in PRODUCTS]:
+            products = [node for node in self.graph if node.op_type in PRODUCTS]
+            for node in reversed(products):
+                self._foresee(node)
+            for node in products:
                 self._product(node)
         self.editor.sweep()
         for node in quantizers(self.graph):  # those that feed no integer product
@@ -95,19 +101,36 @@ class Lowering:
         self.editor.replace(last.outputs[0], values)
         self.editor.remove(last)
 
+    def _foresee(self, node: ir.Node) -> None:
+        """Note what stays in float before anything is written: a convolution in front of a quantizer that stays would
+        be written for codes that nobody makes."""
+        left, right = (operand_of(value) for value in node.inputs[:2])
+        if left is None and right is None:
+            return
+        grouped = node.op_type == "Conv" and attribute(node, "group", 1) != 1
+        if obstacle(node, left, right) or (grouped and self._codes_reader(node) is None):
+            self._stays(left, right)
+
+    def _codes_reader(self, node: ir.Node) -> ir.Node | None:
+        """The quantizer that alone reads a convolution, if a runtime takes both as one."""
+        reader = only_user(node.outputs[0])
+        if reader is None or reader.op_type != NODE or id(reader) in self.plainly or not usable(read_grid(reader)):
+            return None
+        return None if _read_as_signed(reader.outputs[0]) else reader
+
     def _product(self, node: ir.Node) -> None:
         left, right = (operand_of(value) for value in node.inputs[:2])
         if left is None and right is None:
             return
-        name = (right if right is not None and right.weight is not None else left or right).product  # type: ignore[union-attr]
+        name = _named_after(left, right)
         why = obstacle(node, left, right)
         if why or left is None or right is None:
             self._stays(left, right)
             self.forms.append(Form(name, "float", why))
         elif node.op_type == "Conv":
             self.forms.append(self._conv(node, name, left, right))
-        elif right.weight is not None and _rank(node.inputs[0]) in (2, None):  # an unknown one may be 2
-            self.forms.append(self._matmul_to_integers(node, name, left, right.weight))
+        elif self._spelled_out(node, right):
+            self.forms.append(self._matmul_to_integers(node, name, left, right))
         else:
             self.forms.append(self._matmul(node, name, left, right))
 
@@ -117,32 +140,49 @@ class Lowering:
 
     # -- matrix products -----------------------------------------------------------------------------------------------
 
+    def _spelled_out(self, node: ir.Node, right: Operand) -> bool:
+        """Whether ONNX Runtime would compute the product in float, were it left to choose the kernel.
+
+        Of a weight and two dimensions it makes a Gemm in float first. Where the output goes straight to signed bytes,
+        as a key without bias does, it has no kernel, and where it goes straight into a ReLU or a clip it looks for one
+        with a quantizer behind that.
+        """
+        if right.weight is not None and _rank(node.inputs[0]) in (2, None):  # an unknown one may be 2
+            return True
+        user = only_user(node.outputs[0])
+        return _read_as_signed(node.outputs[0]) or (user is not None and user.op_type in ("Relu", "Clip"))
+
     def _matmul(self, node: ir.Node, name: str, left: Operand, right: Operand) -> Form:
         node.replace_input_with(0, self.activations.values(node, left, signed=False))
         if right.weight is not None:
             node.replace_input_with(1, self._weight(node, right.weight, axis=right.weight.axis or 0))
         else:  # the second operand as signed bytes: products of unsigned with signed ones have the fastest kernels
             node.replace_input_with(1, self.activations.values(node, right, signed=True))
-        return Form(name, "MatMulIntegerToFloat")
+        return Form(name, "MatMulIntegerToFloat", node=node.name or "")
 
-    def _matmul_to_integers(self, node: ir.Node, name: str, left: Operand, weight: WeightCodes) -> Form:
-        """MatMulInteger, then the scale: of a product of two dimensions ONNX Runtime makes a Gemm in float first."""
+    def _matmul_to_integers(self, node: ir.Node, name: str, left: Operand, right: Operand) -> Form:
+        """MatMulInteger, then the scale."""
         codes, zero = self.activations.moved(node, left, signed=False)
-        inputs = [codes, self._stored(node, weight), zero, self.editor.constant(np.array(0, np.int8), "zero")]
+        if right.weight is not None:
+            others, middle = self._stored(node, right.weight), self.editor.constant(np.array(0, np.int8), "zero")
+            scale = _unit(left, right.weight, -1)
+        else:
+            others, middle = self.activations.moved(node, right, signed=True)
+            scale = (left.grid.scale.reshape(()) * right.grid.scale.reshape(())).astype(np.float32)
+        inputs = [codes, others, zero, middle]
         sums = self.editor.node(node, "MatMulInteger", inputs, name=name, like=node.outputs[0], dtype=ir.DataType.INT32)
-        self._scaled(node, name, sums, _unit(left, weight, -1))
+        self._scaled(node, name, sums, scale)
         return Form(name, "MatMulInteger")
 
     # -- convolutions --------------------------------------------------------------------------------------------------
 
     def _conv(self, node: ir.Node, name: str, left: Operand, right: Operand) -> Form:
-        reader, grouped, weight = only_user(node.outputs[0]), attribute(node, "group", 1) != 1, right.weight
+        reader, grouped, weight = self._codes_reader(node), attribute(node, "group", 1) != 1, right.weight
         assert weight is not None
         form = None
-        if reader is not None and reader.op_type == NODE and usable(read_grid(reader)):
-            form = self._conv_to_codes(
-                node, name, left, weight, reader, exactly=self.exact and not grouped and not is_own(reader)
-            )
+        if reader is not None:
+            exactly = self.exact and not grouped and not is_own(reader)
+            form = self._conv_to_codes(node, name, left, weight, reader, exactly)
         if form is None and grouped:
             self._stays(left, right)
             return Form(name, "float", "a grouped convolution whose output is needed in float has no integer kernel")
@@ -172,7 +212,8 @@ class Lowering:
         values = (self.activations.values(node, left, signed=False), self._weight(node, tuned, axis=0), added)
         for index, value in enumerate(values):
             node.replace_input_with(index, value)
-        return Form(name, "QLinearConv", inexact_channels=int((~matched.exact).sum()))
+        inexact = int((~matched.exact).sum())
+        return Form(name, "QLinearConv", inexact_channels=inexact, node=node.name or "")
 
     def _conv_to_float(self, node: ir.Node, name: str, left: Operand, weight: WeightCodes) -> Form:
         """ConvInteger, then the scale and the bias in float. Its fastest kernel wants unsigned weights."""
@@ -247,6 +288,27 @@ def _unit(left: Operand, weight: WeightCodes, axis: int) -> np.ndarray:
     """
     scale = (left.grid.scale.reshape(()) * weight.scale).astype(np.float32)
     return np.broadcast_to(scale, (weight.stored.shape[axis],)).copy()
+
+
+def _read_as_signed(value: ir.Value) -> bool:
+    """Whether a value becomes the second operand of a matrix product, which takes signed bytes."""
+    for user, place in value.uses():
+        if user.op_type == "MatMul" and place == 1:
+            return True
+        if (user.op_type == NODE or user.op_type in KEPT) and _read_as_signed(user.outputs[0]):
+            return True
+    return False
+
+
+def _named_after(left: Operand | None, right: Operand | None) -> str:
+    """The name of a product, from the sites of its operands.
+
+    Quantizers of the same tensor are one, which has the name of the first, so a weight says it best, and then a site
+    that is no layer's input.
+    """
+    operands = [one for one in (right, left) if one is not None]
+    operands.sort(key=lambda one: (one.weight is None, one.grid.site.endswith(".input")))
+    return operands[0].product
 
 
 def _rank(value: ir.Value | None) -> int | None:

@@ -30,10 +30,15 @@ class Operand:
     @property
     def product(self) -> str:
         """The name of the layer or of the product, from the site's."""
-        owner, _, slot = self.grid.site.rpartition(".")
-        if slot in ("weight", "input", "in_proj_weight"):
-            return owner or slot
-        return f"{owner}.{slot.rpartition('_')[0] or slot}".lstrip(".")
+        return product_of(self.grid.site)
+
+
+def product_of(site: str) -> str:
+    """The name of the layer or of the product that a site belongs to."""
+    owner, _, slot = site.rpartition(".")
+    if slot in ("weight", "input", "in_proj_weight"):
+        return owner or slot
+    return f"{owner}.{slot.rpartition('_')[0] or slot}".lstrip(".")
 
 
 def operand_of(value: ir.Value | None) -> Operand | None:
@@ -75,6 +80,8 @@ def obstacle(node: ir.Node, left: Operand | None, right: Operand | None) -> str:
             return f"{grid.site} has half-integer levels of {weight.bits} bits, which do not fit in a byte"
         if weight is not None and weight.axis is None:
             return f"{grid.site} has scales along its inputs (per {grid.granularity}), which no kernel sums over"
+    if node.op_type == "Einsum":
+        return f"there is no integer kernel for the sum {attribute(node, 'equation')}"
     if node.op_type == "ConvTranspose":
         return "there is no integer kernel for transposed convolutions"
     if node.op_type == "Conv" and (right.weight is None or left.weight is not None):

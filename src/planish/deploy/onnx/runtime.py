@@ -20,6 +20,7 @@ from planish.deploy.onnx.quiet import quiet
 from planish.errors import PlanishError
 from planish.network.batches import logits_of, split_batch
 from planish.network.modes import evaluating
+from planish.task import CLASSES, LABELS, Task, task_of
 
 INTEGER = {"QLinearConv", "ConvInteger", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat", "QGemm",
            "DynamicQuantizeMatMul", "QLinearAdd", "QLinearAveragePool", "QLinearGlobalAveragePool"}  # fmt: skip
@@ -51,14 +52,31 @@ def open_session(model: Path | bytes, *, threads: int = 1, optimized: Path | Non
         raise PlanishError(f"ONNX Runtime {onnxruntime.__version__} does not take the graph: {line}") from error
 
 
-def kernels(model: Path) -> Counter[str]:
-    """How often each kernel stands in the graph that ONNX Runtime really executes."""
+@dataclass(frozen=True)
+class Executed:
+    """The graph that ONNX Runtime really executes: how often each kernel stands in it (``kernels``), and the names of
+    the products that it computes in float although their operands are codes (``in_float``)."""
+
+    kernels: Counter[str]
+    in_float: frozenset[str]
+
+
+def executed(model: Path) -> Executed:
+    """What ONNX Runtime makes of a file. A product on codes that found no kernel keeps its name and its operands."""
     import onnx
 
     with tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "optimized.onnx"
         open_session(model, optimized=target)
-        return Counter(node.op_type for node in onnx.load(target).graph.node)
+        nodes = onnx.load(target).graph.node
+    widened = {name for node in nodes if node.op_type == "DequantizeLinear" for name in node.output}
+    found = {node.name for node in nodes if node.op_type in FLOAT and widened & set(node.input[:2])}
+    return Executed(Counter(node.op_type for node in nodes), frozenset(found))
+
+
+def kernels(model: Path) -> Counter[str]:
+    """How often each kernel stands in the graph that ONNX Runtime really executes."""
+    return executed(model).kernels
 
 
 @dataclass(frozen=True)
@@ -66,13 +84,16 @@ class Agreement:
     """How far two models agree on the same images.
 
     ``differing`` has, for each image with another first class, its number and its margin: the distance of the model's
-    two largest logits. ``beyond_ties`` are those with a margin above ``TIE``.
+    two largest logits; of labels, the largest logit among those that changed sides; of features, how far the cosine is
+    from 1 where it is more than ``TIE``. ``beyond_ties`` are those with a margin above ``TIE``. ``same``: what the
+    others have in common.
     """
 
     images: int
     differing: tuple[tuple[int, float], ...]
     largest: float  # largest difference of a logit
     what: str = "images"
+    same: str = CLASSES.same
 
     @property
     def top1(self) -> float:
@@ -87,16 +108,14 @@ class Agreement:
 def compare(model: nn.Module, session: Any, images: Iterable[Any], what: str = "images") -> Agreement:
     """Put every image through the PyTorch model and the file; batches may be tensors or (tensor, label)."""
     differing: list[tuple[int, float]] = []
-    count, largest = 0, 0.0
+    count, largest, task = 0, 0.0, CLASSES
     with evaluating(model):
         for batch in images:
             batch = split_batch(batch)[0]
             expected = logits_of(model(batch)).float().cpu().numpy()
             (got,) = session.run(None, {INPUT: batch.float().cpu().numpy()})
-            ordered = np.sort(expected, axis=1)
-            margins = ordered[:, -1] - ordered[:, -2] if expected.shape[1] > 1 else np.full(len(ordered), np.inf)
-            for index in np.flatnonzero(expected.argmax(1) != got.argmax(1)):
-                differing.append((count + int(index), float(margins[index])))
+            task = task_of(model, torch.from_numpy(expected))
+            differing += [(count + index, margin) for index, margin in _differing(task, expected, got)]
             # a logit that is not finite must not hide behind comparisons with NaN
             with np.errstate(invalid="ignore"):
                 apart = np.where((expected == got) | (np.isnan(expected) & np.isnan(got)), 0, np.abs(expected - got))
@@ -104,7 +123,21 @@ def compare(model: nn.Module, session: Any, images: Iterable[Any], what: str = "
             count += len(expected)
     if not count:
         raise PlanishError("there are no images to compare the exported file on")
-    return Agreement(count, tuple(differing), largest, what)
+    return Agreement(count, tuple(differing), largest, what, task.same)
+
+
+def _differing(task: Task, expected: np.ndarray, got: np.ndarray) -> list[tuple[int, float]]:
+    """The places of the images about which both say something else, each with its margin; see :class:`Agreement`."""
+    if task is CLASSES:
+        ordered = np.sort(expected, axis=1)
+        apart, margins = expected.argmax(1) != got.argmax(1), ordered[:, -1] - ordered[:, -2]
+    elif task is LABELS:
+        changed = (expected > 0) != (got > 0)
+        apart, margins = changed.any(1), np.where(changed, np.abs(expected), 0).max(1)
+    else:
+        margins = 1 - task.alike(torch.from_numpy(expected), torch.from_numpy(got)).numpy()
+        apart = margins > TIE
+    return [(int(index), float(margins[index])) for index in np.flatnonzero(apart)]
 
 
 def some_images(shape: tuple[int, int, int], count: int = 8) -> list[Tensor]:

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from planish.deploy.onnx.constants import fold_constants
 from planish.deploy.onnx.edit import Editor, attribute, constant, only_user
+from planish.deploy.onnx.einsum import spell_out_einsums
 from planish.deploy.onnx.graph import NODE
 from planish.deploy.onnx.grids import read_grid
 
@@ -20,15 +22,22 @@ def quantizers(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.op_type == NODE]
 
 
-def tidy(graph: ir.Graph) -> None:
-    """Everything below, in an order in which each step finds what the one before has laid open."""
+def tidy(graph: ir.Graph) -> list[str]:
+    """Everything below, in an order in which each step finds what the one before has laid open.
+
+    Returns:
+        The sites of the products that no image reaches, whose results are in the file now.
+    """
     forget_origins(graph)
+    folded = fold_constants(graph)
     drop_identity_norms(graph)
     spell_out_gemm(graph)
+    spell_out_einsums(graph)
     merge_equal(graph)
     while take_in_activations(graph) or before_pooling(graph) or before_moves(graph):
         merge_equal(graph)
     Editor(graph).sweep()
+    return folded
 
 
 def forget_origins(graph: ir.Graph) -> None:

@@ -14,6 +14,7 @@ from planish.functional import Grid, dequantize
 from planish.network import Site, attach
 from planish.quantizers import ShiftedQuantizer, UniformQuantizer
 from planish.scheme import Format
+from planish.task import TASKS, say_task
 
 
 class Restoring:
@@ -107,4 +108,6 @@ class Restoring:
             model.planish_assignment = head.assignment  # type: ignore[assignment]
         model.planish_recipe, model.planish_preprocessing = head.recipe, head.preprocessing  # type: ignore[assignment]
         model.planish_protocol, model.planish_classes = head.protocol, head.classes  # type: ignore[assignment]
+        if head.protocol.get("task") in TASKS:
+            say_task(model, head.protocol["task"])
         return model
