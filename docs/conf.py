@@ -51,7 +51,7 @@ napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-# Every reference inside the project must lead somewhere; the types of other libraries are not at hand without a network.
+# References inside the project must lead somewhere; the types of other libraries are not at hand without a network.
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!planish\b).*"),

@@ -1,7 +1,8 @@
 """The part of a method's page that is not written by hand: what was measured, the options, the source.
 
 A page says ``<!-- facts: ptq gptq -->`` where this belongs; on a code host, which shows the page as it is, the comment
-is not seen. ``<!-- methods: ptq -->`` stands for a table of all methods of a kind.
+is not seen. ``<!-- methods: ptq -->`` stands for a table of all methods of a kind, ``<!-- compare: ptq vit rtn fast -->``
+for measured figures of some of them, ``<!-- latency: NETWORK -->`` for those of exported files.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from planish.recipes.arms import ARMS
 from planish_docs import measured
 from planish_docs.tables import grid
 
-MARK = re.compile(r"^<!-- (facts|methods): (\w+)(?: (\S+))? -->$", re.MULTILINE)
+MARK = re.compile(r"^<!-- (facts|methods|compare|latency): (.+) -->$", re.MULTILINE)
 # passes that no method holds, with the option or the list that brings them in
 LOOSE: dict[str, tuple[type, str, str]] = {
     "assign-bits": (
@@ -88,7 +89,15 @@ def expand(text: str, root: Path) -> str:
     Raises:
         KeyError: a mark names no method.
     """
-    return MARK.sub(lambda m: facts(m[2], m[3], root) if m[1] == "facts" else listing(m[2]), text)
+    return MARK.sub(lambda m: _replaced(m[1], m[2].split(), root), text)
+
+
+def _replaced(mark: str, words: list[str], root: Path) -> str:
+    if mark == "facts":
+        return facts(*words, root)
+    if mark == "compare":
+        return measured.compare(words[0], words[1], words[2:], root)
+    return measured.latency(*words, root) if mark == "latency" else listing(*words)
 
 
 def listing(kind: str) -> str:

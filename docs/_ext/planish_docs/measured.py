@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from planish_docs.tables import FLOAT, Figures, figures, less, read, table
+from planish_docs.tables import FLOAT, Figures, figures, grid, less, read, table
 
 Rows = list[dict[str, str]]
 
@@ -50,7 +50,7 @@ def ptq(name: str, root: Path) -> str:
     shown = [row for mine in measured.values() for row in mine]
     learned = f"{_all(shown, 'iterations')} iterations a unit where roundings are learned, " if shown else ""
     parts.append(
-        f"Top-1 in percent on {_all(shown, 'test_images')} test images, mean and standard error over three seeds, which "
+        f"Top-1 in percent on {_all(shown, 'test_images')} test images, mean and standard error over three seeds, that "
         f"draw the {_all(shown, 'calibration_images')} calibration images; differences are paired by seed. No labels; "
         f"{learned}{GRIDS}. Seconds are medians over schemes and seeds on a machine that was not alone: compare their "
         f"size, no more. Fashion-MNIST; `benchmarks/ptq.py`, {_file('ptq.csv')}."
@@ -124,6 +124,41 @@ def study(name: str, root: Path) -> str:
         "what the arms are is said in [When does flattening pay](/docs/evidence.md)."
     )
     return "\n\n".join(parts)
+
+
+def compare(kind: str, network: str, names: Sequence[str], root: Path) -> str:
+    """Several methods in one table, for a guide.
+
+    Args:
+        kind: ``ptq`` or ``qat``.
+        network: ``convnet`` or ``vit``.
+        names: of methods that were measured there.
+
+    Raises:
+        ValueError: one of them was not.
+    """
+    clock = "seconds" if kind == "ptq" else "train_seconds"
+    rows = [row for row in read(root / f"benchmarks/{kind}.csv") if row["network"] == network]
+    rows = [row for row in rows if kind == "ptq" or (row["suite"] == "methods" and row["start"] == "given")]
+    found = {name: _of(rows, arm=name) for name in names}
+    if missing := [name for name, mine in found.items() if not mine]:
+        raise ValueError(f"benchmarks/{kind}.csv has nothing of {', '.join(missing)} on {network}")
+    (fp,) = {row["fp_top1"] for mine in found.values() for row in mine}
+    shown = [(name, figures(mine), _median(mine, clock)) for name, mine in found.items()]
+    return table(f"{NETWORKS[network]} (float {100 * float(fp):.2f})", shown, "seconds")
+
+
+def latency(network: str, root: Path) -> str:
+    """Milliseconds and bytes of the exported files of one network."""
+    rows = [row for row in read(root / "benchmarks/export_latency.csv") if row["network"] == network]
+    cells = [
+        (row["file"], row["ms"], f"{float(row['of_fp32']):.2f}x", f"{float(row['size_of_fp32']):.3f}x") for row in rows
+    ]
+    one = rows[0]
+    return grid((f"{network}, batch {one['batch']}", "ms", "time of fp32", "size of fp32"), cells) + (
+        f"\n\nONNX Runtime {one['onnxruntime']}, {one['threads']} thread, median of {one['repeats']}, random weights, "
+        f"{one['processor']}; `benchmarks/export.py`, {_file('export_latency.csv')}."
+    )
 
 
 def _of(rows: Iterable[Mapping[str, str]], **wanted: str) -> Rows:
