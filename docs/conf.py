@@ -58,4 +58,3 @@ nitpick_ignore_regex = [
     ("py:.*", r"planish\.(.*\.)?(_.*|T)"),  # what is private, and type variables
     ("py:data", ".*"),
 ]
-suppress_warnings = ["toc.empty_glob", "myst.xref_ambiguous"]

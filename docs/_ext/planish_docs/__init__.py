@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
+
+
+def only_present(text: str, folder: Path) -> str:
+    """The text without the lines ``page?`` of a table of contents whose page is not there."""
+    return re.sub(r"^([\w./-]+)\?\n", lambda m: f"{m[1]}\n" * (folder / f"{m[1]}.md").exists(), text, flags=re.MULTILINE)
 
 
 def setup(app: Any) -> dict[str, bool]:
@@ -13,7 +19,7 @@ def setup(app: Any) -> dict[str, bool]:
     root = Path(app.srcdir)
 
     def replace_marks(app: Any, name: str, source: list[str]) -> None:
-        source[0] = reference.expand(facts.expand(source[0], root))
+        source[0] = reference.expand(facts.expand(only_present(source[0], app.env.doc2path(name).parent), root))
 
     app.connect("source-read", replace_marks)
     app.connect("missing-reference", reference.resolve)

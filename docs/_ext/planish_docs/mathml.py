@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import html
 from typing import Any
 
 from docutils import nodes
-from docutils.utils.math import latex2mathml
+from docutils.utils.math import MathError, latex2mathml
+from sphinx.util import logging
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def render(latex: str, *, block: bool) -> str:
@@ -16,6 +20,10 @@ def render(latex: str, *, block: bool) -> str:
 def visit(writer: Any, node: nodes.Element) -> None:
     """Write an inline formula or one on a line of its own."""
     block = isinstance(node, nodes.math_block)
-    text = render(node.astext(), block=block)
+    try:
+        text = render(node.astext(), block=block)
+    except MathError as error:
+        _LOGGER.warning("formula %r: %s", node.astext(), error, location=node)
+        text = html.escape(node.astext())
     writer.body.append(f'<div class="math">{text}</div>' if block else text)
     raise nodes.SkipNode

@@ -15,8 +15,8 @@ import planish
 from planish_docs.tables import grid
 
 MARK = re.compile(r"^<!-- (modules|public)(?:: ([\w. ]+))? -->$", re.MULTILINE)
-_SIGNS = re.compile(r"(\*{1,2}\b[^*\n]+\b\*{1,2})|(?<!\\)[|*]")  # emphasis stays; a single sign is escaped
-_CODE = re.compile(r"(``.*?``|`[^`]*`)", re.DOTALL)
+# code, emphasis and the bullets of lists stay as they are; any other sign is escaped
+_SIGNS = re.compile(r"(``.*?``|`[^`]*`)|(\*{1,2}\b[^*\n]+\b\*{1,2}|^ *\* )|(?<!\\)[|*]", re.MULTILINE | re.DOTALL)
 
 
 def expand(text: str) -> str:
@@ -79,6 +79,5 @@ def resolve(app: Any, env: Any, node: Any, content: Any) -> Any:
 
 def plain_signs(app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]) -> None:
     """For Sphinx: ``|g|`` and ``*shape`` in a docstring are what they look like, no markup of reStructuredText."""
-    parts = _CODE.split("\n".join(lines))
-    text = "".join(part if part.startswith("`") else _SIGNS.sub(lambda m: m[1] or f"\\{m[0]}", part) for part in parts)
-    lines[:] = text.split("\n")
+    text = "\n".join(lines)
+    lines[:] = _SIGNS.sub(lambda m: m[1] or m[2] or f"\\{m[0]}", text).split("\n")
