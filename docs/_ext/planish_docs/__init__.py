@@ -9,7 +9,9 @@ from typing import Any
 
 def only_present(text: str, folder: Path) -> str:
     """The text without the lines ``page?`` of a table of contents whose page is not there."""
-    return re.sub(r"^([\w./-]+)\?\n", lambda m: f"{m[1]}\n" * (folder / f"{m[1]}.md").exists(), text, flags=re.MULTILINE)
+    return re.sub(
+        r"^([\w./-]+)\?\n", lambda m: f"{m[1]}\n" * (folder / f"{m[1]}.md").exists(), text, flags=re.MULTILINE
+    )
 
 
 def setup(app: Any) -> dict[str, bool]:

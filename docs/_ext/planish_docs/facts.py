@@ -1,8 +1,9 @@
 """The part of a method's page that is not written by hand: what was measured, the options, the source.
 
 A page says ``<!-- facts: ptq gptq -->`` where this belongs; on a code host, which shows the page as it is, the comment
-is not seen. ``<!-- methods: ptq -->`` stands for a table of all methods of a kind, ``<!-- compare: ptq vit rtn fast -->``
-for measured figures of some of them, ``<!-- latency: NETWORK -->`` for those of exported files.
+is not seen. ``<!-- methods: ptq -->`` stands for a table of all methods of a kind,
+``<!-- compare: ptq vit rtn fast -->`` for measured figures of some of them, ``<!-- latency: NETWORK -->`` for those of
+exported files.
 """
 
 from __future__ import annotations
