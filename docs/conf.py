@@ -39,14 +39,15 @@ nb_execution_mode = "force"
 nb_execution_timeout = 300
 nb_execution_raise_on_error = True
 nb_execution_in_temp = True
-nb_merge_streams = True
+nb_output_stderr = "remove"  # warnings of other packages; an error stops the build
 nb_ipywidgets_js = {}  # its default loads scripts from elsewhere
 
 # docstrings
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_class_signature = "mixed"
-autoclass_content = "both"
+autodoc_inherit_docstrings = False  # what PyTorch says of every module
+default_role = "code"  # `name` in a docstring
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True

@@ -4,17 +4,38 @@ from __future__ import annotations
 
 import html
 from typing import Any
+from xml.etree import ElementTree
 
 from docutils import nodes
 from docutils.utils.math import MathError, latex2mathml
 from sphinx.util import logging
 
 _LOGGER = logging.getLogger(__name__)
+_MATHML = "http://www.w3.org/1998/Math/MathML"
+_ACCENTS = ("ˆ", "˜", "¯", "~")
+ElementTree.register_namespace("", _MATHML)
 
 
 def render(latex: str, *, block: bool) -> str:
     """A formula in LaTeX's notation as a ``<math>`` element; docutils raises ``MathError`` for what it cannot read."""
-    return latex2mathml.tex2mathml(latex, as_block=block)
+    text = latex2mathml.tex2mathml(latex, as_block=block).replace(
+        "&nbsp;", "\N{NO-BREAK SPACE}"
+    )  # XML has no such name
+    root = ElementTree.fromstring(text)
+    for element in list(root.iter(f"{{{_MATHML}}}munderover")):
+        _index_beside(element)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+def _index_beside(element: ElementTree.Element) -> None:
+    """docutils puts the index of an accented letter below it, as that of a sum; here it goes to the right."""
+    base, index, accent = element
+    if accent.text not in _ACCENTS:
+        return
+    over = ElementTree.Element(f"{{{_MATHML}}}mover", accent="true")
+    over.extend([base, accent])
+    element.tag = f"{{{_MATHML}}}msub"
+    element[:] = [over, index]
 
 
 def visit(writer: Any, node: nodes.Element) -> None:
