@@ -15,7 +15,7 @@ def plain(latex):
 
 
 def test_the_index_of_an_accented_letter_is_beside_it():
-    accented = '<mover accent="true"><mi>z</mi><mo stretchy="false">ˆ</mo></mover>'
+    accented = '<mover accent="true"><mi>z</mi><mo stretchy="false">\N{MODIFIER LETTER CIRCUMFLEX ACCENT}</mo></mover>'
     assert plain(r"\hat z") == f"<math>{accented}</math>"
     assert plain(r"\hat z_l") == f"<math><msub>{accented}<mi>l</mi></msub></math>"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import re
 from typing import Any
 from xml.etree import ElementTree
 
@@ -12,15 +13,14 @@ from sphinx.util import logging
 
 _LOGGER = logging.getLogger(__name__)
 _MATHML = "http://www.w3.org/1998/Math/MathML"
-_ACCENTS = ("ˆ", "˜", "¯", "~")
+_ACCENTS = ("\N{MODIFIER LETTER CIRCUMFLEX ACCENT}", "\N{SMALL TILDE}", "\N{MACRON}", "~")
 ElementTree.register_namespace("", _MATHML)
 
 
 def render(latex: str, *, block: bool) -> str:
     """A formula in LaTeX's notation as a ``<math>`` element; docutils raises ``MathError`` for what it cannot read."""
-    text = latex2mathml.tex2mathml(latex, as_block=block).replace(
-        "&nbsp;", "\N{NO-BREAK SPACE}"
-    )  # XML has no such name
+    text = latex2mathml.tex2mathml(latex, as_block=block)
+    text = re.sub(r"&(?!(lt|gt|amp|quot);)\w+;", lambda m: html.unescape(m[0]), text)  # names that XML has not
     root = ElementTree.fromstring(text)
     for element in list(root.iter(f"{{{_MATHML}}}munderover")):
         _index_beside(element)
