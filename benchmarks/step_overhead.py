@@ -121,11 +121,19 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
         shares = sorted(1 - b / a for a, b in zip(times[arm], times["bare"], strict=True))
         rows.append(
             {
-                "model": name, "processes": accelerator.num_processes, "images_per_process": args.images, "arm": arm,
-                "bare_ms": round(statistics.median(times["bare"]), 2), "ms": round(statistics.median(times[arm]), 2),
-                "outside": round(statistics.median(shares), 4), "outside_min": round(shares[0], 4),
-                "outside_max": round(shares[-1], 4), "rounds": args.rounds, "steps_per_round": BLOCK,
-                "threads": 1, "torch": torch.__version__,
+                "model": name,
+                "processes": accelerator.num_processes,
+                "images_per_process": args.images,
+                "arm": arm,
+                "bare_ms": round(statistics.median(times["bare"]), 2),
+                "ms": round(statistics.median(times[arm]), 2),
+                "outside": round(statistics.median(shares), 4),
+                "outside_min": round(shares[0], 4),
+                "outside_max": round(shares[-1], 4),
+                "rounds": args.rounds,
+                "steps_per_round": BLOCK,
+                "threads": 1,
+                "torch": torch.__version__,
             }  # fmt: skip
         )
         if accelerator.is_main_process:

@@ -47,21 +47,26 @@ class FlattenSettings:
     Attributes:
         weight_noise: a key of ``planish.flattening.weight_noise.KINDS``.
         activation_noise: a key of ``planish.flattening.activation_noise.KINDS``.
-        weight_gain, activation_gain: size of the noise as a multiple of the recorded error's; activation noise of kind
-            ``residual`` has no gain.
-        part, activation_part: share of the weights, and of the layers' inputs, that ``residual`` rounds at a time.
+        weight_gain: size of the noise on weights as a multiple of the recorded error's.
+        activation_gain: the same for activations; noise of kind ``residual`` has no gain there.
+        part: share of the weights that ``residual`` rounds at a time.
+        activation_part: share of the layers whose inputs ``residual`` rounds at a time.
         clip_weights, clip_activations: clip to the quantizer's range before the noise is added.
         nonzero_only: no activation noise where a value is exactly zero.
         start, until: the shares of the run between which there is noise; the rest trains without.
         share: part of the steps in between that are perturbed; the others hold the full-precision network in place.
         refresh: steps between two measurements of the quantization error.
-        sam: radius of sharpness-aware minimization; 0: none. ``adaptive_sam``: its scale-invariant form.
-        kurtosis, gradient_l1: weights of the penalties of :mod:`planish.training.regularizers`; 0: none.
-        averaging: decay of the moving average of the weights, ``None``: none. ``equal_averaging``: SWA instead,
-            from the share ``averaging_start`` of the run on.
-        task, label_smoothing: weight of the cross-entropy with the labels; 0 reads no labels.
-        distillation, temperature: weight of the divergence from the given network's outputs; one more forward pass
-            a step.
+        sam: radius of sharpness-aware minimization; 0: none.
+        adaptive_sam: its scale-invariant form (ASAM).
+        kurtosis: weight of :class:`planish.training.Kurtosis` (KURE); 0: none.
+        gradient_l1: weight of :class:`planish.training.GradientL1`; 0: none.
+        averaging: decay of the moving average of the weights, ``None``: none.
+        equal_averaging: an equal average of all weights instead (SWA).
+        averaging_start: share of the run from which on the equal average is taken.
+        task: weight of the cross-entropy with the labels; 0 reads no labels.
+        label_smoothing: share of the target that is spread evenly over all classes.
+        distillation: weight of the divergence from the given network's outputs; one more forward pass a step.
+        temperature: of both distributions in the distillation.
         output_error: weight of the mean squared error between the given and the perturbed outputs (the objective of
             arXiv 2511.01462); one more forward pass a step.
         reestimate_batches: batches over which BatchNorm statistics are re-estimated afterwards, if they were not frozen

@@ -22,6 +22,8 @@ CHUNK = 64  # images that gradients are taken of at once
 
 
 class Objective(Protocol):
+    """The distance of a unit's output ``z`` from its target ``y``, for the images at some ``places``: a scalar."""
+
     def __call__(self, z: Tensor, y: Tensor, places: Tensor) -> Tensor: ...
 
 

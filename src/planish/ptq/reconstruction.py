@@ -34,7 +34,7 @@ class Reconstruct(Settings):
     the random dropping of activation rounding is QDrop's (arXiv 2203.05740), the roundings are AdaRound's (arXiv
     2004.10568), Genie-M's (arXiv 2212.04780), straight-through ones (GLF-Q) or SignRound's (arXiv 2309.05516).
 
-    Attributes: those of :class:`Settings`, and
+    Attributes:
         learner: how roundings are learned: a key of ``planish.ptq.learners.LEARNERS``.
         loss: what is minimised: a key of ``planish.ptq.objectives.OBJECTIVES``.
         travel: how far a rounding may come in all (``Learner.travel``); ``None``: the learner's own.
