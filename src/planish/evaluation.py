@@ -57,11 +57,13 @@ def evaluate(
     Raises:
         PlanishError: the loader is empty or yields no labels, or a label is outside the model's classes.
     """
-    logits, labels, seconds = predict(model, loader, accelerator=accelerator, progress=progress)
-    meaning = task_of(model, logits) if task is None else check_task(task)
+    said = task_of(model) if task is None else check_task(task)
+    unlabelled = said is FEATURES  # which can be compared with the reference's without labels
+    logits, labels, seconds = predict(model, loader, accelerator=accelerator, progress=progress, unlabelled=unlabelled)
+    meaning = task_of(model, logits) if task is None else said
     other: Tensor | None = reference if isinstance(reference, Tensor) else None
     if isinstance(reference, nn.Module):
-        other, again, _ = predict(reference, loader, accelerator=accelerator)
+        other, again, _ = predict(reference, loader, accelerator=accelerator, unlabelled=unlabelled)
         if not torch.equal(labels, again):
             raise PlanishError(
                 "the loader gave its images in another order the second time, so flips cannot be counted: "
@@ -69,10 +71,10 @@ def evaluate(
             )
     if meaning is FEATURES:
         voters = None if bank is None else predict(model, bank, accelerator=accelerator)[:2]
-        found = worth_of_features(logits, labels, _checked(other, logits), voters)
+        found = worth_of_features(logits, labels if labels.numel() else None, _checked(other, logits), voters)
     else:
         found = worth(logits, labels, other, meaning)
-    return found | {"images": len(labels), "seconds": seconds}
+    return found | {"images": len(logits), "seconds": seconds}
 
 
 def worth(
@@ -127,10 +129,12 @@ def predict(
     *,
     accelerator: Accelerator | None = None,
     progress: Callable[[int, int], None] | None = None,
+    unlabelled: bool = False,
 ) -> tuple[Tensor, Tensor, float]:
     """Logits (N, classes), labels (N,) and the seconds that it took, on the CPU, in the order of the loader.
 
-    The model is moved to the accelerator's device and stays there.
+    The model is moved to the accelerator's device and stays there. ``unlabelled``: a loader may yield images only; the
+    labels are (N, 0) then.
     """
     accelerator = accelerator or make_accelerator(None)
     shared = isinstance(loader, torch.utils.data.DataLoader)  # among the processes; another iterable is read by each
@@ -142,9 +146,10 @@ def predict(
     with evaluating(model):
         for i, batch in enumerate(prepared):
             inputs, labels = split_batch(to_device(batch, accelerator.device))
-            if labels is None:
+            if labels is None and not unlabelled:
                 raise PlanishError("evaluation needs labels, but the loader yields images only")
             logits = logits_of(call_model(model, inputs)).float()
+            labels = torch.empty(len(logits), 0, device=logits.device) if labels is None else labels
             if shared:
                 logits, labels = accelerator.gather_for_metrics((logits, labels))
             all_logits.append(logits.cpu())
