@@ -167,6 +167,10 @@ def test_features_without_a_head(tmp_path):
     assert worths[0]["error"] > 0
     assert worths[1]["cosine"] > worths[0]["cosine"] > 0.5
     assert "top1" not in worths[0]
+    without = planish.evaluate(rounded, [IMAGES], reference=model)
+    assert without["cosine"] == pytest.approx(worths[0]["cosine"], abs=1e-5)
+    assert without["images"] == 24
+    assert "knn_top1" not in without
     other = planish.evaluate(rounded, loader(labels), bank=loader(labels))
     assert other["knn_top1"] >= worths[0]["knn_top1"]  # every image finds itself in the bank
     trained = planish.train(model, [IMAGES, IMAGES], "w4a4", epochs=1)

@@ -59,11 +59,13 @@ def evaluate(
         PlanishError: the loader is empty or yields no labels, a batch holds NaN or what the model cannot take, or a
             label is outside the model's classes.
     """
-    logits, labels, seconds = predict(model, loader, accelerator=accelerator, progress=progress)
-    meaning = task_of(model, logits) if task is None else check_task(task)
+    said = task_of(model) if task is None else check_task(task)
+    unlabelled = said is FEATURES  # which can be compared with the reference's without labels
+    logits, labels, seconds = predict(model, loader, accelerator=accelerator, progress=progress, unlabelled=unlabelled)
+    meaning = task_of(model, logits) if task is None else said
     other: Tensor | None = reference if isinstance(reference, Tensor) else None
     if isinstance(reference, nn.Module):
-        other, again, _ = predict(reference, loader, accelerator=accelerator)
+        other, again, _ = predict(reference, loader, accelerator=accelerator, unlabelled=unlabelled)
         if not torch.equal(labels, again):
             raise PlanishError(
                 "the loader gave its images in another order the second time, so flips cannot be counted: "
@@ -71,10 +73,10 @@ def evaluate(
             )
     if meaning is FEATURES:
         voters = None if bank is None else predict(model, bank, accelerator=accelerator)[:2]
-        found = worth_of_features(logits, labels, _checked(other, logits), voters)
+        found = worth_of_features(logits, labels if labels.numel() else None, _checked(other, logits), voters)
     else:
         found = worth(logits, labels, other, meaning)
-    return found | {"images": len(labels), "seconds": seconds}
+    return found | {"images": len(logits), "seconds": seconds}
 
 
 def worth(
@@ -129,10 +131,12 @@ def predict(
     *,
     accelerator: Accelerator | None = None,
     progress: Callable[[int, int], None] | None = None,
+    unlabelled: bool = False,
 ) -> tuple[Tensor, Tensor, float]:
     """Logits (N, classes), labels (N,) and the seconds that it took, on the CPU, in the order of the loader.
 
-    The model is moved to the accelerator's device and stays there.
+    The model is moved to the accelerator's device and stays there. ``unlabelled``: a loader may yield images only; the
+    labels are (N, 0) then.
     """
     accelerator = accelerator or make_accelerator(None)
     shared = isinstance(loader, torch.utils.data.DataLoader)  # among the processes; another iterable is read by each
@@ -144,9 +148,10 @@ def predict(
     with evaluating(model):
         for i, batch in enumerate(sound(prepared, "evaluation")):
             inputs, labels = split_batch(to_device(batch, accelerator.device))
-            if labels is None:
+            if labels is None and not unlabelled:
                 raise PlanishError("evaluation needs labels, but the loader yields images only")
             logits = _logits(model, inputs, labels, i + 1)
+            labels = torch.empty(len(logits), 0, device=logits.device) if labels is None else labels
             if shared:
                 logits, labels = accelerator.gather_for_metrics((logits, labels))
             all_logits.append(logits.cpu())
@@ -158,12 +163,12 @@ def predict(
     return torch.cat(all_logits), torch.cat(all_labels), time.perf_counter() - began
 
 
-def _logits(model: nn.Module, inputs: Any, labels: Tensor, number: int) -> Tensor:
+def _logits(model: nn.Module, inputs: Any, labels: Tensor | None, number: int) -> Tensor:
     """The logits of one batch, whose labels belong to them; raises an error that names the batch."""
     try:
         with going_through(inputs):
             logits = logits_of(call_model(model, inputs)).float()
-        if (fault := label_fault(labels, logits)) is not None:
+        if labels is not None and (fault := label_fault(labels, logits)) is not None:
             raise BadBatch(fault)
     except BadBatch as error:
         raise PlanishError(f"batch {number} of the evaluation loader {error}") from error

@@ -112,8 +112,10 @@ class Lowering:
             self._stays(left, right)
 
     def _codes_reader(self, node: ir.Node) -> ir.Node | None:
-        """The quantizer that alone reads a convolution, if a runtime takes both as one."""
+        """The quantizer that alone reads a convolution, if a runtime takes both as one: not in three dimensions."""
         reader = only_user(node.outputs[0])
+        if (_rank(node.inputs[0]) or 4) > 4:
+            return None
         if reader is None or reader.op_type != NODE or id(reader) in self.plainly or not usable(read_grid(reader)):
             return None
         return None if _read_as_signed(reader.outputs[0]) else reader
