@@ -76,7 +76,14 @@ def start(folder: Path, *arguments: str) -> int:
         # a shell's background jobs begin with Ctrl-C ignored, and then planish ignores it, too
         signal.signal(signal.SIGINT, signal.default_int_handler)
         sys.argv = ["planish", "run", *arguments]
-        entry()
+        status = 1
+        try:
+            entry()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:  # what surrounds this function is the other process's
+            sys.stdout.flush()
+            os._exit(status)
     return process
 
 
