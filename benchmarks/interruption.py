@@ -4,10 +4,12 @@
 
 A run is ``planish run`` with every stage: the embedded convolutional network on 200 of the embedded images, as given
 and flattened with noise on weights and activations, quantized by ``genie``, measured and reported. It is killed by
-SIGKILL, SIGTERM or SIGINT when it has used a random share of the processor time of the undisturbed run (from the start
-of the command to its end, one moment in each twentieth), and continued with ``--resume``, or begun again if nothing was
-there yet. Compared are results.json without seconds and memory, every tensor and the metadata of every file of weights,
-and the names of all files. Writes interruption.csv beside this file.
+SIGKILL, SIGTERM or SIGINT when it has used a random share of the processor time of the undisturbed run (from the end of
+the imports to the end of the command, one moment in each twentieth), and continued with ``--resume``, or begun again if
+nothing was there yet. Compared are results.json without seconds and memory, every tensor and the metadata of every file
+of weights, and the names of all files. Writes interruption.csv beside this file.
+
+Commands are forked from a process that has imported everything, which is what takes longest in so small a run.
 """
 
 from __future__ import annotations
@@ -19,17 +21,20 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 from safetensors import safe_open
 
 import planish
+import planish.cli.run
+from planish.cli.main import entry
 
 RUN = [
     "--model", "convnet", "--data", "images", "--arms", "given", "flat", "--schemes", "w4a4", "--methods", "genie",
@@ -54,20 +59,50 @@ def make_images(folder: Path, each: int = 20) -> None:
             Image.fromarray(grey).save(place / f"{i}.png")
 
 
-def used(process: subprocess.Popen[str]) -> float:
+def used(process: int) -> float:
     """Processor seconds of a process that runs."""
-    fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    with open(folder / "out.txt", "w") as out:
-        return subprocess.Popen(
-            [sys.executable, "-m", "planish", "run", *arguments], cwd=folder, text=True, stdout=out,
-            stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
-            # a shell's background jobs begin with Ctrl-C ignored, and then planish ignores it, too
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-        )  # fmt: skip
+def start(folder: Path, *arguments: str) -> int:
+    """The number of a process that does ``planish run`` in a folder; what it says is in out.txt and err.txt there."""
+    process = os.fork()
+    if process == 0:
+        os.chdir(folder)
+        for stream, name in ((1, "out.txt"), (2, "err.txt")):
+            os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), stream)
+        sys.stdout = os.fdopen(1, "w")
+        # a shell's background jobs begin with Ctrl-C ignored, and then planish ignores it, too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.argv = ["planish", "run", *arguments]
+        status = 1
+        try:
+            entry()
+        except SystemExit as end:
+            status = int(end.code or 0)
+        finally:  # what surrounds this function is the other process's
+            sys.stdout.flush()
+            os._exit(status)
+    return process
+
+
+def ended(process: int) -> int | None:
+    """The status of a process; ``None`` while it runs."""
+    found, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None
+
+
+def finish(process: int) -> float:
+    """Wait until a process has ended well; its processor seconds, as far as they were seen."""
+    seconds = 0.0
+    while True:
+        with suppress(FileNotFoundError, IndexError):
+            seconds = used(process)
+        if (status := ended(process)) is not None:
+            assert status == 0, status
+            return seconds
+        time.sleep(0.02)
 
 
 def without_clock(value: Any) -> Any:
@@ -95,12 +130,14 @@ def outcome(folder: Path) -> Any:
 def killed_at(folder: Path, number: signal.Signals, seconds: float) -> tuple[int, str]:
     """The status of a run that is killed then, and its last line before; it may have ended before."""
     process = start(folder, *RUN)
-    while process.poll() is None and used(process) < seconds:
-        time.sleep(0.02)
-    process.send_signal(number)
-    process.communicate()
+    while (status := ended(process)) is None and used(process) < seconds:
+        time.sleep(0.01)
+    if status is None:
+        os.kill(process, number)
+        while (status := ended(process)) is None:
+            time.sleep(0.01)
     lines = [line for line in (folder / "out.txt").read_text().splitlines() if line]
-    return process.returncode, lines[-1].rpartition("] ")[2].partition(",")[0] if lines else "starting"
+    return status, lines[-1].rpartition("] ")[2].partition(",")[0] if lines else "starting"
 
 
 def measure(runs: int, seed: int, place: Path) -> list[dict[str, Any]]:
@@ -113,11 +150,7 @@ def measure(runs: int, seed: int, place: Path) -> list[dict[str, Any]]:
         (folder / "images").symlink_to(place / "images")
         return folder
 
-    whole = start(fresh("whole"), *RUN)
-    while whole.poll() is None:
-        seconds = used(whole)
-        time.sleep(0.05)
-    assert whole.returncode == 0, whole.communicate()[1]
+    seconds = finish(start(fresh("whole"), *RUN))
     expected = outcome(place / "whole" / "run")
     print(f"undisturbed: {seconds:.1f} processor seconds", flush=True)
     for run in range(runs):
@@ -126,9 +159,7 @@ def measure(runs: int, seed: int, place: Path) -> list[dict[str, Any]]:
         status, last = killed_at(folder, number, share * seconds)
         continued = "resumed" if (folder / ".run.partial").exists() else "begun again"
         if status:
-            again = start(folder, *(["--resume", "--out", "run"] if continued == "resumed" else RUN))
-            errors = again.communicate()[1]
-            assert again.returncode == 0, errors
+            finish(start(folder, *(["--resume", "--out", "run"] if continued == "resumed" else RUN)))
         rows.append({
             "run": run, "signal": number.name, "share": round(share, 3), "status": status, "last_line": last,
             "continued": continued if status else "had ended", "identical": outcome(folder / "run") == expected,
@@ -144,6 +175,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as place:
         rows = measure(arguments.runs, arguments.seed, Path(place))
     with open(arguments.out, "w", newline="") as file:

@@ -145,3 +145,12 @@ def test_other_processes_write_nothing(tmp_path: Path) -> None:
     run.write_results({"rows": []})
     assert run.finish() == tmp_path / "a"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_half_files_of_a_killed_process_are_deleted(tmp_path: Path) -> None:
+    run = RunFolder.open(tmp_path / "a")
+    run.write_results({"rows": []})
+    for name in (".flat.safetensors.77.tmp", ".results.json.new", "flat.tmp"):
+        run.path(name).write_text("half")
+    RunFolder.open(tmp_path / "a", resume=True)
+    assert sorted(path.name for path in run.folder.iterdir()) == ["flat.tmp", "results.json"]
