@@ -39,7 +39,10 @@ def test_a_step_takes_the_median_of_all_but_the_first(stamps, seconds):
     ("change", "text"),
     [
         ({}, "estimate: 6 epochs of 78 steps at 250 ms, about 12 min in all on cpu, 1.5 GB of memory"),
-        ({"seconds": 7200.0, "step": 2.0}, "6 epochs of 78 steps at 2.0 s, about 2.0 h in all on cpu, 1.5 GB of memory"),
+        (
+            {"seconds": 7200.0, "step": 2.0},
+            "6 epochs of 78 steps at 2.0 s, about 2.0 h in all on cpu, 1.5 GB of memory",
+        ),
         ({"megabytes": None}, "about 12 min in all on cpu"),
         ({"device": "cuda:0", "processes": 8}, "on 8 processes with cuda:0, 1.5 GB of memory each"),
     ],

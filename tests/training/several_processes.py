@@ -190,7 +190,10 @@ def split(folder):
     found["checkpoint"] = sum(t.numel() for t in load_file(place / "state.safetensors").values())
 
     bare = FlattenSettings(activation_noise="none", training=ONE)
-    for name, settings in {"residual": bare, "clipped": replace(bare, weight_noise="iid", activation_noise="none")}.items():
+    for name, settings in {
+        "residual": bare,
+        "clipped": replace(bare, weight_noise="iid", activation_noise="none"),
+    }.items():
         found[name] = numbers(flatten(tiny.conv(), uneven(), settings=settings))
     found["flat"] = len(numbers(flatten(tiny.vit(), tiny.loader(n=16, size=16, batch=8), epochs=1)))
     for method in ("lsq", "pact", "ofq", "gplq", "freeze"):
