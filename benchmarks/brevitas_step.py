@@ -35,7 +35,9 @@ from planish.qat.prepare import insert_quantizers
 from planish.qat.upkeep import Upkeep
 from planish.training import TaskLoss, TrainingSettings, make_accelerator
 from planish.training.engine import make_optimizer
-from planish.training.loop import Run, Stepper
+from planish.training.loop import Run
+from planish.training.shares import Share
+from planish.training.step import Stepper
 
 SETTINGS = TrainingSettings(freeze_batchnorm=False)
 
@@ -120,7 +122,7 @@ def main() -> None:
         for i in range(args.steps + 20):
             for arm in random.Random(i).sample(list(arms), len(arms)):
                 began = time.perf_counter()
-                arms[arm](batches[i % len(batches)])
+                arms[arm](Share.all_of(batches[i % len(batches)]))
                 arms[arm].run.step += 1
                 if i >= 20:  # the first steps warm up and set Brevitas' scales
                     times[arm].append(time.perf_counter() - began)

@@ -33,8 +33,9 @@ from planish.recipes.arms import arm_settings
 from planish.recipes.config import NoiseOptions, RunConfig, TrainOptions
 from planish.training import make_accelerator
 from planish.training.engine import make_optimizer
-from planish.training.loop import Run, Stepper
+from planish.training.loop import Run
 from planish.training.shares import Share
+from planish.training.step import Stepper
 
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}
 ARMS = ("tuned", "averaged", "sam", "flat")

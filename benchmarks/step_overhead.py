@@ -3,12 +3,13 @@
     python benchmarks/step_overhead.py                                # one process -> benchmarks/step_overhead.csv
     torchrun --nproc-per-node 4 benchmarks/step_overhead.py           # four; rows of other numbers of processes stay
 
-The step of planish's loop against a bare one with the same network, batches, optimizer and clipping of the gradient (and
-DistributedDataParallel, where there are several processes): nothing but forward, backward and the optimizer. What is
-counted is processor time of all processes together, which other work on the machine disturbs least; waiting is not in it.
+The step of planish's loop against a bare one with the same network, batches, optimizer and clipping of the gradient
+(and DistributedDataParallel, where there are several processes): nothing but forward, backward and the optimizer. What
+is counted is processor time, the mean over the processes, which other work on the machine disturbs least; waiting is
+not in it.
 
-The arms take turns with every step, in a new order each time. A round has as many steps as lie between two measurements
-of the quantization error; the share is taken within a round, the median over the rounds.
+The arms take turns with every step, in a new order each time. A round has as many steps as lie between two
+measurements of the quantization error; the share is taken within a round, the median over the rounds.
 """
 
 from __future__ import annotations
@@ -40,8 +41,9 @@ from planish.recipes.arms import arm_settings
 from planish.recipes.config import NoiseOptions, RunConfig, TrainOptions
 from planish.training import TrainingSettings, make_accelerator
 from planish.training.engine import make_optimizer
-from planish.training.loop import Run, Stepper
+from planish.training.loop import Run
 from planish.training.shares import Share
+from planish.training.step import Stepper
 
 KEEP = {"MALLOC_TRIM_THRESHOLD_": "4000000000", "MALLOC_MMAP_THRESHOLD_": "4000000000"}  # see step_cost.py
 ARMS = ("tuned", "averaged", "flat")
@@ -119,23 +121,13 @@ def measure(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for arm in ARMS:
         shares = sorted(1 - b / a for a, b in zip(times[arm], times["bare"], strict=True))
-        rows.append(
-            {
-                "model": name,
-                "processes": accelerator.num_processes,
-                "images_per_process": args.images,
-                "arm": arm,
-                "bare_ms": round(statistics.median(times["bare"]), 2),
-                "ms": round(statistics.median(times[arm]), 2),
-                "outside": round(statistics.median(shares), 4),
-                "outside_min": round(shares[0], 4),
-                "outside_max": round(shares[-1], 4),
-                "rounds": args.rounds,
-                "steps_per_round": BLOCK,
-                "threads": 1,
-                "torch": torch.__version__,
-            }  # fmt: skip
-        )
+        rows.append({
+            "model": name, "processes": accelerator.num_processes, "images_per_process": args.images, "arm": arm,
+            "bare_ms": round(statistics.median(times["bare"]), 2), "ms": round(statistics.median(times[arm]), 2),
+            "outside": round(statistics.median(shares), 4), "outside_min": round(shares[0], 4),
+            "outside_max": round(shares[-1], 4), "rounds": args.rounds, "steps_per_round": BLOCK,
+            "threads": 1, "torch": torch.__version__,
+        })  # fmt: skip
         if accelerator.is_main_process:
             print(rows[-1], flush=True)
     return rows

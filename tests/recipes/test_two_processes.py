@@ -26,7 +26,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def printed(folder):
-    return finish(start_two("tests.recipes.two_processes", str(folder)))
+    return finish(start_two("tests.recipes.two_processes", str(folder)), timeout=400)
 
 
 def rows(run: Path) -> list[dict]:

@@ -146,13 +146,14 @@ class NoiseTap(nn.Module):
         """Refresh the recorder and the plain numbers that the hot path reads; once a step, however often it runs."""
         self.measuring = self.level.due = False
         owner = self.owner
-        seen, averaged = owner.sample(x, self)
-        if not any_process(not torch.isfinite(seen).all(), owner.accelerator):
-            self.recorder.measure(seen)
-            if averaged:
-                self.recorder.reduce(owner.accelerator)
-        elif self.recorder.grid is None:
+        seen, own = owner.sample(x, self)
+        bad = not torch.isfinite(seen).all()
+        # what all processes see alike they judge alike; of its own sample one would leave the others waiting
+        if any_process(bad, owner.accelerator) if own else bad:
             return  # the loss will say so
+        self.recorder.measure(seen)
+        if own:
+            self.recorder.reduce(owner.accelerator)
         size = self.recorder.step / 12**0.5 if owner.kind == "uniform" else self.recorder.deviation
         self.level.refresh(owner.gain * size.mean().item())
 
@@ -280,7 +281,7 @@ class ActivationNoise(Ingredient):
         self.taps, self.by_layer = {}, defaultdict(list)
 
     def sample(self, x: Tensor, tap: NoiseTap) -> tuple[Tensor, bool]:
-        """What a recorder looks at of ``x``, and whether what it finds is then to be averaged over the processes.
+        """What a recorder looks at of ``x``, and whether that is this process's own, to be averaged afterwards.
 
         The sample is that of the whole batch. With a scale for each token it is this process's own; a weight that is
         made from parameters is looked at whole and is the same everywhere.

@@ -9,6 +9,7 @@ instead of a search; a tensor that runs away from its range is fitted anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -160,6 +161,10 @@ def sample_together(x: Tensor, counts: Sequence[int], accelerator: Accelerator, 
     """
     rank = accelerator.process_index
     rows = x.shape[0] // max(1, counts[rank])  # of an image: windows of an attention are rows of their own
-    begin, own = rows * sum(counts[:rank]), rows * counts[rank]
-    places = [i - begin for i in spread(rows * sum(counts), x[0].numel(), most) if 0 <= i - begin < own]
-    return gather_rows(x.detach()[places].float().flatten(), accelerator)
+    taken = spread(rows * sum(counts), x[0].numel(), most)
+    ends = [rows * sum(counts[:r]) for r in range(len(counts) + 1)]
+    places = [[i - begin for i in taken if begin <= i < end] for begin, end in pairwise(ends)]
+    # Where the processes have equally many images, each knows what the others take. Where they do not, it could be
+    # mistaken about a tensor whose first dimension is not that of images.
+    sizes = [len(own) * x[0].numel() for own in places] if len(set(counts)) == 1 else None
+    return gather_rows(x.detach()[places[rank]].float().flatten(), accelerator, sizes)

@@ -117,14 +117,22 @@ def any_processes(flags: Sequence[Any], accelerator: Accelerator) -> list[bool]:
     return (accelerator.reduce(told) > 0).tolist()  # type: ignore[operator, union-attr]
 
 
-def gather_rows(part: Tensor, accelerator: Accelerator) -> Tensor:
-    """The rows of all processes, one below the other; their numbers may differ."""
+def gather_rows(part: Tensor, accelerator: Accelerator, counts: Sequence[int] | None = None) -> Tensor:
+    """The rows of all processes, one below the other.
+
+    Args:
+        counts: how many each process has, where all of them know it; they may differ.
+    """
     if accelerator.num_processes == 1:
         return part
-    counts = accelerator.gather(torch.tensor([len(part)], device=part.device)).tolist()
-    padded = part.new_zeros((max(counts), *part.shape[1:]))
-    padded[: len(part)] = part
-    rows = accelerator.gather(padded).split(max(counts))
+    if counts is None:
+        counts = accelerator.gather(torch.tensor([len(part)], device=part.device)).tolist()
+    padded = part.contiguous()
+    if len(part) < max(counts):
+        padded = part.new_zeros((max(counts), *part.shape[1:]))
+        padded[: len(part)] = part
+    rows = [torch.empty_like(padded) for _ in counts]
+    torch.distributed.all_gather(rows, padded)
     return torch.cat([row[:count] for row, count in zip(rows, counts, strict=True)])
 
 

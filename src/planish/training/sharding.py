@@ -2,8 +2,8 @@
 
 ``accelerate launch --use_fsdp --fsdp_version 2`` asks for it. ``fully_shard`` (torch) splits the first dimension of
 every parameter, block by block: a block is an element of a list or a sequence of modules. The network is split in place
-when a training begins and put together in place when it ends, with the parameters it had, so that whatever follows finds
-an ordinary network. Parameters of taps (learned steps) are numbers or small; they stay whole, and their gradients are
+when a training begins and put together in place when it ends, with the parameters it had, so that what follows finds an
+ordinary network. Parameters of taps (learned steps) are numbers or small; they stay whole, and their gradients are
 averaged here. Ingredients that change weights one by one are not made for parts of them: see ``Ingredient.sharded``.
 """
 
