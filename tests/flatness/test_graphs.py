@@ -54,6 +54,25 @@ def test_a_piece_takes_a_quarter(memory, sizes, kept, monkeypatch):
     assert torch.equal(torch.cat([x for x, _ in pieces]), torch.cat([x for x, _ in batches]))
 
 
+@pytest.mark.parametrize(
+    ("near", "sizes"),
+    [
+        (400 + 50 * 32, [30, 30, 20]),  # pieces of one batch are of nearly one length
+        (400 + 19 * 32, [15, 15, 15, 15, 10, 10]),
+        (0, [15, 15, 15, 15, 10, 10]),  # at most 16 images, and no more pieces than that takes
+        (10**6, [60, 20]),
+    ],
+)
+def test_pieces_fit_the_cache_if_they_have_some_images(near, sizes, monkeypatch):
+    monkeypatch.setattr("planish.flatness.graphs.graph_bytes", lambda g, x, labels, held: 400 + 32 * len(labels))
+    pieces, kept = plan_graphs(_batches(60, 20), _squares, 10**6, near=near)
+    assert [len(labels) for _, labels in pieces] == sizes
+    assert kept == len(sizes)
+    assert torch.equal(torch.cat([y for _, y in pieces]), torch.cat([torch.arange(60), torch.arange(20)]))
+    few, _ = plan_graphs(_batches(60, 20), _squares, 4 * (400 + 32), near=near)
+    assert all(len(labels) == 1 for _, labels in few)  # memory counts for more
+
+
 def test_nothing_gives_nothing():
     assert plan_graphs([], _squares, 100) == ([], 0)
     assert plan_graphs(_batches(0), _squares, 100) == ([], 0)

@@ -14,8 +14,16 @@ Batch = tuple[Any, Any]  # inputs and labels
 Gradients = Callable[[Any, Tensor], list[Tensor]]
 
 
+FEW = 16  # images; smaller pieces pay for the weights' own part of a product more than they gain
+
+
 def plan_graphs(
-    batches: Sequence[Batch], gradients: Gradients, memory: int, held: Sequence[Tensor] = ()
+    batches: Sequence[Batch],
+    gradients: Gradients,
+    memory: int,
+    held: Sequence[Tensor] = (),
+    *,
+    near: int | None = None,
 ) -> tuple[list[Batch], int]:
     """Cut batches so that the graph of each takes at most a quarter of ``memory`` (or has one image).
 
@@ -24,6 +32,7 @@ def plan_graphs(
         gradients: computes the gradient of the loss on a batch, with its graph.
         memory: bytes.
         held: tensors that are there anyway, such as the weights; they do not count.
+        near: bytes that fit where a processor reads fastest: no piece is larger, as long as it has 16 images.
 
     Returns:
         The pieces, and how many of them, from the first, can be kept while another graph is built.
@@ -37,11 +46,9 @@ def plan_graphs(
     per_image = two - one if len(labels) > 1 else one
     fixed = max(0, one - per_image)
     longest = max(1, int((memory // 4 - fixed) / max(per_image, 1)))
-    pieces = [
-        _part(inputs, labels, start, start + longest)
-        for inputs, labels in batches
-        for start in range(0, len(labels), longest)
-    ]
+    if near is not None:
+        longest = min(longest, max(FEW, int((near - fixed) / max(per_image, 1))))
+    pieces = [piece for inputs, labels in batches for piece in _pieces(inputs, labels, longest)]
     costs = [fixed + per_image * len(labels) for _, labels in pieces]
     if sum(costs) <= memory:
         return pieces, len(pieces)
@@ -67,6 +74,13 @@ def graph_bytes(gradients: Gradients, inputs: Any, labels: Tensor, held: Sequenc
     size = sum(count for address, count in found.items() if address not in there)
     del graph
     return size
+
+
+def _pieces(inputs: Any, labels: Tensor, longest: int) -> list[Batch]:
+    """As few pieces as that allows, of nearly one length."""
+    count = -(-len(labels) // longest)
+    step = -(-len(labels) // count)
+    return [_part(inputs, labels, start, start + step) for start in range(0, len(labels), step)]
 
 
 def _part(inputs: Any, labels: Tensor, start: int, stop: int) -> Batch:

@@ -25,6 +25,7 @@ from planish.network.modes import evaluating
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MEMORY = 2 << 30  # bytes
+NEAR = 48 << 20  # bytes of a graph on a CPU: with 32 MB of cache, products took least time around it (see graphs.FEW)
 
 
 class Hessian:
@@ -80,7 +81,9 @@ class Hessian:
             raise PlanishError("the curvature of a loss needs images, but there is no batch: pass at least one")
         self.products, self.notify = 0, lambda: None
         with self._ready():
-            self._chunks, self._kept = plan_graphs(split, self._gradients, memory, list(model.parameters()))
+            near = NEAR if self.device.type == "cpu" else None
+            held = list(model.parameters())
+            self._chunks, self._kept = plan_graphs(split, self._gradients, memory, held, near=near)
         self._graphs: dict[int, list[Tensor]] = {}
 
     @property

@@ -23,7 +23,9 @@ from planish.training import (
     SAM,
     Averaging,
     Distillation,
+    GradientL1,
     Ingredient,
+    Kurtosis,
     OutputError,
     TaskLoss,
     TrainingSettings,
@@ -54,6 +56,7 @@ class FlattenSettings:
         refresh: steps between two measurements of the quantization error.
         sam: radius of sharpness-aware minimization; 0: none.
         adaptive_sam: its scale-invariant form (ASAM).
+        kurtosis, gradient_l1: weights of the penalties of :mod:`planish.training.regularizers`; 0: none.
         averaging: decay of the moving average of the weights, ``None``: none.
         equal_averaging: an equal average of all weights instead (SWA).
         averaging_start: share of the run from which on the equal average is taken.
@@ -83,6 +86,8 @@ class FlattenSettings:
     refresh: int = 40
     sam: float = 0.0
     adaptive_sam: bool = False
+    kurtosis: float = 0.0
+    gradient_l1: float = 0.0
     averaging: float | None = 0.998
     equal_averaging: bool = False
     averaging_start: float = 0.0
@@ -105,8 +110,8 @@ class FlattenSettings:
 
     @property
     def perturbs(self) -> bool:
-        """Whether any step is computed elsewhere than at the clean weights and activations."""
-        return self.imitates or self.sam > 0
+        """Whether a step is anything but that of plain training."""
+        return self.imitates or self.sam > 0 or self.kurtosis > 0 or self.gradient_l1 > 0
 
     @property
     def averages(self) -> bool:
@@ -213,6 +218,10 @@ def make_ingredients(settings: FlattenSettings, model: nn.Module, plans: Sequenc
         ingredients.append(activations)
     if s.task:
         ingredients.append(TaskLoss(s.task, s.label_smoothing))
+    if s.kurtosis:
+        ingredients.append(Kurtosis(s.kurtosis))
+    if s.gradient_l1:
+        ingredients.append(GradientL1(s.gradient_l1))
     if s.distillation:
         ingredients.append(Distillation(copy.deepcopy(model), s.distillation, s.temperature))
     if not (s.task or s.distillation or s.output_error):
