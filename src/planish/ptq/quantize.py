@@ -55,7 +55,8 @@ def quantize(
 
     Raises:
         PlanishError: no calibration image, a batch that holds NaN or that the model cannot take, an unknown scheme or
-            method, a product that no tap covers, values that are not finite, a ``checkpoint_dir`` of another quantization.
+            method, a product that no tap covers, values that are not finite, a
+            ``checkpoint_dir`` of another quantization.
     """
     scheme = Scheme.parse(scheme)
     passes = get_method(method).passes() if isinstance(method, str) else list(method)
