@@ -78,7 +78,7 @@ def test_a_run_without_memory_goes_on_later(tiny, planish, monkeypatch, where, e
     assert "out of memory with --batch-size 8" in ended.err
     assert "try --batch-size 4" in ended.err
     assert "what was done is kept, continue with: planish run --resume --out run" in ended.err
-    assert planish("run", "--resume", "--out", "run").status == 0
+    assert planish("run", "--resume", "--out", "run", "--trust").status == 0
 
 
 def test_a_flatten_without_memory_says_what_it_kept(tiny, planish, monkeypatch, tmp_path):
@@ -128,7 +128,7 @@ def test_a_file_that_cannot_grow(zygote, options, tmp_path):
         named.add(ended.err.partition(" could not be written")[0].partition(": cannot write here")[0].split("/")[-1])
         assert "continue with: planish run --resume --out run" in ended.err
         assert not (place / "run").exists()
-        ended = zygote.run(place, ["run", "--resume", "--out", "run"])
+        ended = zygote.run(place, ["run", "--resume", "--out", "run", "--trust"])
         assert ended.status == 0, ended.err
         assert outcome(place / "run") == expected
     assert len(named) >= 3, named

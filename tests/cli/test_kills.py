@@ -39,7 +39,7 @@ def test_twenty_kills(zygote, options, tmp_path):
         # further with every kill, so that the chain comes to all stages; the last line stands while the report is made
         line = 2 + (LINES - 2) * (killed + 1) // KILLS
         number = draw.choice(SIGNALS)
-        argv = begin if fresh else ["run", "--resume", "--out", "run"]
+        argv = begin if fresh else ["run", "--resume", "--out", "run", "--trust"]
         ended = zygote.run(tmp_path, argv, kill=number, after=line, delay=draw.uniform(0, 0.4))
         assert "Traceback" not in ended.err
         if ended.status == 0:  # it was faster: the next life begins anew
@@ -51,7 +51,7 @@ def test_twenty_kills(zygote, options, tmp_path):
         assert ended.status == (-signal.SIGKILL if number == signal.SIGKILL else 130), ended.err
         assert not (tmp_path / "run").exists()
     assert len(last_words) > 3, last_words  # it was killed in different stages
-    ended = zygote.run(tmp_path, ["run", "--resume", "--out", "run"])
+    ended = zygote.run(tmp_path, ["run", "--resume", "--out", "run", "--trust"])
     assert ended.status == 0, ended.err
     found = outcome(tmp_path / "run")
     assert found == expected

@@ -61,6 +61,6 @@ def test_a_resumed_run_may_be_followed_elsewhere(tiny, planish, monkeypatch, tmp
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     track = ["--track", "tensorboard"] if find_spec("tensorboard") else []
-    ended = planish("run", "--resume", "--out", "run", "--checkpoint-minutes", "3", *track)
+    ended = planish("run", "--resume", "--out", "run", "--trust", "--checkpoint-minutes", "3", *track)
     assert ended.status == 0, ended.err
     assert "checkpoint_minutes = 3.0" in (tmp_path / "run" / "config.toml").read_text()
