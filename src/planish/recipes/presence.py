@@ -84,7 +84,7 @@ class Presence:
     def end(self, sign: str) -> None:
         """Say ``done`` or ``failed`` to the others, and stop."""
         self._over.set()
-        self._thread.join(timeout=2 * BEAT)
+        self._thread.join(timeout=0 if self._store is None else 2 * BEAT)  # it may still wait for the store
         if self._store is not None and self.store_gone is None and not self._thread.is_alive():
             try:
                 self._store.set(f"{self.rank}", sign)
