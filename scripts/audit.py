@@ -62,7 +62,7 @@ def main() -> int:
         print(f"audit: pip-audit is not installed (it is in the extra dev), so {NOTHING}")
         return 0
     try:
-        done = subprocess.run([sys.executable, *COMMAND], capture_output=True, text=True, timeout=600)
+        done = subprocess.run([sys.executable, *COMMAND], capture_output=True, text=True, timeout=180)
         report = json.loads(done.stdout)
     except (subprocess.TimeoutExpired, ValueError):  # of what went wrong it prints a traceback and no JSON
         print(f"audit: the service for advisories could not be reached, so {NOTHING}")
