@@ -53,7 +53,7 @@ def start_forking(module: str, *arguments: str) -> list[subprocess.Popen[str]]:
     return [_start(module, arguments, _environment())]
 
 
-def finish(running: list[subprocess.Popen[str]], timeout: float = 100) -> list[tuple[str, str]]:
+def finish(running: list[subprocess.Popen[str]], timeout: float = 400) -> list[tuple[str, str]]:
     """What the processes printed on their two streams; they must have ended well."""
     try:
         printed = [process.communicate(timeout=timeout) for process in running]

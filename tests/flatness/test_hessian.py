@@ -167,8 +167,12 @@ def test_errors():
     with pytest.raises(PlanishError, match=r"got torch.bfloat16"):
         Hessian(conv_net().bfloat16(), batches)
     bad = [(batches[0][0] * float("inf"), batches[0][1])]
+    with pytest.raises(PlanishError, match="batch 1 of the diagnosis loader holds infinite values"):
+        Hessian(model, bad)
+    with torch.no_grad():
+        model[0].weight.fill_(float("nan"))
     with pytest.raises(PlanishError, match="not finite"):
-        Hessian(model, bad).dense()
+        Hessian(model, batches).dense()
 
 
 @pytest.mark.parametrize("make", [conv_net, attention_net])

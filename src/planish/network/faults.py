@@ -14,7 +14,12 @@ from torch import Tensor
 from planish.errors import PlanishError
 from planish.network.batches import map_tensors, split_batch
 
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory", re.IGNORECASE)
+# what the images have no part in: too little memory, and other processes
+_OTHERS = re.compile(
+    r"out of memory|can't allocate memory|finished reduction|gloo|nccl|connection (closed|reset|refused)|broken pipe|"
+    r"timed out|process group",
+    re.IGNORECASE,
+)
 
 
 class BadBatch(PlanishError):
@@ -109,7 +114,7 @@ def going_through(inputs: Any) -> Iterator[None]:
     except PlanishError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        if _OUT_OF_MEMORY.search(str(error)):
+        if _OTHERS.search(str(error)):
             raise
         shapes: list[str] = []
         map_tensors(inputs, lambda tensor: _described(tensor, shapes))

@@ -51,7 +51,7 @@ class Share:
     @property
     def weight(self) -> float:
         """What the mean over this part weighs in the mean over the whole batch."""
-        return self.own / self.whole
+        return self.own / max(self.whole, 1)
 
     def split(self, parts: int) -> list[Share]:
         """This share in so many parts, one after the other (or fewer: each has an image)."""
