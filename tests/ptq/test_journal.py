@@ -69,6 +69,15 @@ def test_without_resume_it_begins_anew(tmp_path):
     assert seen == every
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_folder_with_other_files_is_not_emptied(tmp_path, resume):
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(b"mine")
+    with pytest.raises(PlanishError, match=r"no checkpoint \(mine\.safetensors\) and would be lost"):
+        quantized(tmp_path, resume=resume)
+    assert mine.read_bytes() == b"mine"
+
+
 def test_what_was_kept_of_another_quantization_is_refused(tmp_path):
     quantized(tmp_path)
     with pytest.raises(PlanishError, match=r"another quantization .* give the same ones to continue"):

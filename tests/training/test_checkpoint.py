@@ -138,6 +138,17 @@ def test_an_incomplete_folder_is_no_checkpoint(tmp_path):
     assert tiny.same(model, trained(None))
 
 
+def test_a_folder_with_other_files_is_not_taken(tmp_path):
+    """Every checkpoint replaces the folder; what a user keeps in it would be gone."""
+    trained(tmp_path / "c")
+    trained(tmp_path / "c")
+    for name in ("thesis.tex", "more.txt"):
+        (tmp_path / "c" / name).write_text("mine")
+    with pytest.raises(PlanishError, match=r"holds what is no checkpoint \(more.txt and 1 more\) and would be lost"):
+        trained(tmp_path / "c")
+    assert (tmp_path / "c" / "thesis.tex").read_text() == "mine"
+
+
 class Killed(BaseException):
     pass
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import pickle
 from collections.abc import Callable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +140,19 @@ def save_weights(
         seen.add(tensor.untyped_storage().data_ptr())
         tensors[key] = tensor
     write_whole(path, save(tensors, dict(metadata) if metadata else None))
+
+
+def check_own(folder: Path, *patterns: str) -> None:
+    """Raise PlanishError if a folder whose content will be replaced holds files of other names than the patterns'."""
+    if not folder.is_dir():
+        return
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    foreign = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in patterns)]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise PlanishError(
+            f"{folder} holds what is no checkpoint ({foreign[0]}{more}) and would be lost: give a folder of its own"
+        )
 
 
 def write_whole(path: Path, content: bytes, check: Callable[[Path], None] | None = None) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from planish.errors import NotWritten, PlanishError, why_not_written
-from planish.models.weights import save_weights, write_whole
+from planish.models.weights import check_own, save_weights, write_whole
 
 _SETTINGS = "settings.json"
 
@@ -37,7 +36,7 @@ class Journal:
         settings: plain values on which the result depends; a journal with other ones is refused.
 
     Raises:
-        PlanishError: what is there belongs to another quantization.
+        PlanishError: what is there belongs to another quantization, or to none.
     """
 
     def __init__(
@@ -61,14 +60,20 @@ class Journal:
 
     def _look(self, folder: Path, resume: bool) -> list[str]:
         known = folder / _SETTINGS
-        if not resume or not known.is_file():
-            shutil.rmtree(folder, ignore_errors=True)
-        elif known.read_text() != self.settings:
+        check_own(folder, _SETTINGS, *(["*.safetensors"] if known.is_file() else []))
+        if not known.is_file():
+            return []
+        parts = list(folder.glob("*.safetensors"))
+        if not resume:
+            for path in (known, *parts):
+                path.unlink()
+            return []
+        if known.read_text() != self.settings:
             raise PlanishError(
                 f"{folder} holds a part of another quantization (another network, other images, settings or threads): "
                 f"give the same ones to continue it, or delete it to start over"
             )
-        return [path.stem for path in folder.glob("*.safetensors")]
+        return [path.stem for path in parts]
 
     def get(self, name: str) -> dict[str, Tensor] | None:
         """What was put down under a name before the interruption; ``None`` if nothing was.

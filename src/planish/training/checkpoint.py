@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from planish.errors import NotWritten, PlanishError, why_not_written
+from planish.models.weights import check_own
 from planish.training.ingredients import Ingredient
 from planish.training.sharding import copy_into, is_split, whole
 
@@ -30,6 +31,12 @@ def exists(directory: Path) -> bool:
         with suppress(FileNotFoundError):  # another process was faster
             os.replace(old, directory)
     return (directory / _VALUES).is_file()
+
+
+def check_place(directory: Path | None) -> None:
+    """Raise PlanishError if the folder of the checkpoint, which is replaced with every one, holds something else."""
+    if directory is not None:
+        check_own(directory, _TENSORS, _VALUES)
 
 
 def _beside(directory: Path, suffix: str) -> Path:

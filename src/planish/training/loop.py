@@ -163,6 +163,7 @@ def train(
         )
     if settings.accumulation < 1:
         raise PlanishError(f"accumulation is {settings.accumulation}: a batch is computed in 1 or more parts")
+    checkpoint.check_place(checkpoint_dir)
     accelerator = accelerator or make_accelerator(settings.mixed_precision)
     split = None
     if asked_for(accelerator):
