@@ -4,6 +4,8 @@ whether the ONNX file says what PyTorch says.
     python benchmarks/architectures.py                    # -> benchmarks/architectures.csv, a row a network; resumes
     python benchmarks/architectures.py --table            # prints the table of docs/architectures.md
     python benchmarks/architectures.py --only resnet18    # some of them
+    python benchmarks/architectures.py --judge resnet18   # -> architectures_judge.csv: the file and PyTorch in float32,
+                                                          # both against PyTorch in float64
 
 No published weights are used. A network with random weights gives nearly the same output for every picture, so that
 top-1 would say nothing; here each network is made to say something first: BatchNorm gets the statistics of the images,
@@ -28,6 +30,7 @@ import torch
 from torch import Tensor, nn
 
 import planish
+from planish.deploy.onnx.runtime import open_session
 from planish.evaluation import predict
 from planish.network import reestimate_batchnorm, watch
 
@@ -136,6 +139,30 @@ def measure(name: str) -> dict[str, Any]:
     return row | {"onnxruntime": onnxruntime.__version__}
 
 
+@torch.no_grad()
+def judge(name: str) -> dict[str, Any]:
+    """How far the network at w4a4 agrees with itself in float64, in PyTorch's float32 and in ONNX Runtime."""
+    model, data = prepare(name, *NETWORKS[name])
+    test, calibration = _loader(data.test, TEST), _loader(data.train, CALIBRATION, data.train_labels)
+    quantized = planish.quantize(model, calibration, "w4a4")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.onnx"
+        planish.export(quantized, path, images=test)
+        session = open_session(path)
+        theirs = torch.cat([torch.from_numpy(session.run(None, {"images": x.numpy()})[0]) for x, _ in test])
+    ours = predict(quantized, test)[0]
+    precise = torch.cat([quantized.double()(x.double()).float() for x, _ in test])
+
+    def same(a: Tensor, b: Tensor) -> float:
+        return (a.argmax(-1) == b.argmax(-1)).float().mean().item()
+
+    apart = (theirs - ours).abs().median() / ours.std()
+    return {
+        "network": name, "float32_float64": same(ours, precise), "file_float64": same(theirs, precise),
+        "file_float32": same(theirs, ours), "file_float32_median_difference": apart.item(),
+    }  # fmt: skip
+
+
 def table(rows: list[dict[str, str]]) -> str:
     """The table of the page, from the rows of the CSV."""
     heads = ("network", "side", "parameters", "float top-1", "same as float, w8a8", "w4a4", "error, w8a8", "w4a4",
@@ -157,12 +184,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "architectures.csv")
     parser.add_argument("--only", nargs="+", default=list(NETWORKS))
     parser.add_argument("--table", action="store_true")
+    parser.add_argument("--judge", nargs="+", default=[])
     options = parser.parse_args()
     rows = list(csv.DictReader(options.out.open())) if options.out.exists() else []
     if options.table:
         print(table(rows))
         return
     torch.set_num_threads(1)
+    if options.judge:
+        with (HERE / "architectures_judge.csv").open("w", newline="") as file:
+            found = [judge(name) for name in options.judge]
+            writer = csv.DictWriter(file, list(found[0]))
+            writer.writeheader()
+            writer.writerows([{k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()} for row in found])
+        return
     known = {row["network"] for row in rows}
     for name in [name for name in options.only if name not in known]:
         try:
