@@ -1,4 +1,5 @@
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,7 +25,8 @@ class Spy(Ingredient):
 def test_task_loss_with_smoothing():
     logits, labels = torch.randn(5, 4), torch.tensor([0, 1, 2, 3, 0])
     expected = nn.CrossEntropyLoss(label_smoothing=0.1)(logits, labels)
-    assert torch.equal(TaskLoss(2.0, 0.1).loss(None, None, labels, logits), 2 * expected)
+    run = SimpleNamespace(model=nn.Identity())
+    assert torch.equal(TaskLoss(2.0, 0.1).loss(run, None, labels, logits), 2 * expected)
     with pytest.raises(PlanishError, match="labels"):
         TaskLoss().loss(None, None, None, logits)
 
