@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 import os
 import random
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from csv_rows import write_rows
 from step_cost import KEEP
 from torch import nn
 
@@ -136,10 +136,7 @@ def main() -> None:
                 "threads": args.threads, "torch": torch.__version__, "brevitas": brevitas.__version__,
             })  # fmt: skip
             print(rows[-1], flush=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, rows)
 
 
 if __name__ == "__main__":

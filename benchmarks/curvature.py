@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from csv_rows import write_rows
 from curvlinops import HessianLinearOperator
 from pyhessian import hessian as PyHessian
 from scipy.sparse.linalg import eigsh
@@ -162,10 +163,7 @@ def main() -> None:
     for name in args.models:
         rows += compare(name, args)
         rows.sort(key=lambda row: (row["model"], ["trace", "trace, subspace", "eigenvalues"].index(row["measure"])))
-        with args.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(args.out, rows)
 
 
 def compare(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:

@@ -31,6 +31,7 @@ from planish.flatness.sharpness import sam_sharpness, worst_rounding
 from planish.flatness.split import split_loss
 from planish.flatness.subject import Subject
 from planish.models import fit_weights, load_model, read_weights
+from planish.training.regularizers import kurtosis
 
 SCHEMES = ("w4a4", "w3a3")
 
@@ -60,7 +61,7 @@ def of_the_network(subject: Subject) -> Iterator[tuple[str, Callable[[], float]]
     yield "SAM, rho 0.05", lambda: sam_sharpness(subject, 0.05).increase
     yield "ASAM, rho 0.5", lambda: sam_sharpness(subject, 0.5, adaptive=True).increase
     yield "landscape at 0.4, filter-normalized", lambda: landscape_line(subject, (0.4,), draws=4)[0].loss - clean()
-    yield "kurtosis of weights", lambda: sum(_kurtosis(w) for w in weights()) / len(weights())
+    yield "kurtosis of weights", lambda: sum(kurtosis(w.double()).item() for w in weights()) / len(weights())
     yield "largest weight over rms", lambda: sum(_peak(w) for w in weights()) / len(weights())
 
 
@@ -89,11 +90,6 @@ def of_a_scheme(subject: Subject, scheme: str) -> Iterator[tuple[str, Callable[[
     yield "Taylor, both", lambda: parts().taylor_weights + parts().taylor_activations
     yield "imitated rounding", lambda: imitate(subject, scheme, draws=4).divergence
     yield "rounding itself, on training images", lambda: parts().both
-
-
-def _kurtosis(w: torch.Tensor) -> float:
-    z = w.double() - w.double().mean()
-    return (z.pow(4).mean() / z.square().mean().square()).item()
 
 
 def _peak(w: torch.Tensor) -> float:

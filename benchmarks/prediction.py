@@ -31,7 +31,7 @@ from planish.flatness.imitation import Imitation, imitate
 from planish.flatness.prediction import SMALLEST, Calibration, Prediction, from_imitation
 from planish.flatness.subject import Subject
 from planish.models import fit_weights, load_model, read_weights
-from planish.ptq.sensitivity import kl_divergence
+from planish.task import CLASSES
 
 SCHEMES = ("w8a8", "w6a6", "w5a5", "w4a8", "w4a4", "w3a8", "w3a3", "w2a8", "w2a4", "w2a2", "w8a4", "w8a3", "w8a2")
 FIELDS = ["model", "arm", "seed", "scheme", "images", "clean_top1", "clean_loss", "imitated_divergence",
@@ -77,7 +77,7 @@ def rows(
             "model": name, "arm": arm, "seed": seed, "scheme": scheme, "images": len(labels),
             "clean_top1": clean["top1"], "clean_loss": clean["nll"], "imitated_divergence": guess.divergence,
             "imitated_loss": guess.loss, "imitated_top1": guess.top1,
-            "divergence": kl_divergence(reference, logits).mean().item(), "loss": worth(logits, labels)["nll"],
+            "divergence": CLASSES.exact(reference, logits).mean().item(), "loss": worth(logits, labels)["nll"],
             "fp_top1": worth(fp, test_labels)["top1"], "top1": worth(out, test_labels)["top1"],
             "test_images": len(test_labels), "draws": args.draws, "torch": torch.__version__,
         }  # fmt: skip

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import itertools
 import os
 import random
@@ -23,6 +22,7 @@ import time
 from pathlib import Path
 
 import torch
+from csv_rows import write_rows
 
 from planish.data import load_data, make_loader
 from planish.flattening.recipe import make_ingredients
@@ -97,10 +97,7 @@ def main() -> None:
             }  # fmt: skip
             rows.append(row)
             print(row, flush=True)
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, rows)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from csv_rows import write_rows
 from torch import nn
 
 from planish.data import load_data, make_loader
@@ -151,10 +152,7 @@ def main() -> None:
     known = {tuple(str(row[k]) for k in key) for row in rows}
     before = list(csv.DictReader(args.out.open(newline=""))) if args.out.exists() else []
     rows = [row for row in before if tuple(row[k] for k in key) not in known] + rows
-    with args.out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    write_rows(args.out, rows)
 
 
 if __name__ == "__main__":

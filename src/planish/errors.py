@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 
 _FULL = {errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up"}
 
 _WORKER = "\nOriginal Traceback"
+_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
+_LOST = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|socket|gloo|nccl|timed out|timeout|process group", re.IGNORECASE
+)
 
 
 class PlanishError(ValueError):
@@ -34,6 +39,23 @@ def why_not_written(error: Exception) -> str:
     if number == errno.EFBIG:
         return "it is larger than a file may be here (ulimit -f, or the file system): lift that limit"
     return getattr(error, "strerror", None) or str(error)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error tells of too little memory, on the device or on this machine."""
+    return isinstance(error, MemoryError) or bool(_MEMORY.search(str(error)))
+
+
+def is_lost_connection(error: BaseException) -> bool:
+    """Whether an error is what a collective operation raises when another process does not answer."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__.startswith("Dist") or bool(_LOST.search(str(error)))
+
+
+def waits_for_gradient(error: BaseException) -> bool:
+    """Whether DistributedDataParallel has found a parameter without a gradient, for which the processes wait."""
+    return "Expected to have finished reduction" in str(error)
 
 
 def _sentence(message: str) -> str:

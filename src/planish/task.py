@@ -41,6 +41,10 @@ class Task:
     draw: Callable[[Tensor, torch.Generator], Tensor]
     same: str
 
+    def exact(self, reference: Tensor, outputs: Tensor) -> Tensor:
+        """The distance of each row, (N,), in float64 and nowhere below 0."""
+        return self.distance(reference.double(), outputs.double()).clamp(min=0)
+
     def divergence(self, reference: Tensor, outputs: Tensor, temperature: float = 1.0) -> Tensor:
         """The mean distance over the rows, of both divided by the temperature (features have none)."""
         if self is FEATURES:

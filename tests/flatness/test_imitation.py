@@ -12,9 +12,9 @@ from planish.flatness.imitation import Imitator, decompose, imitate, imitators, 
 from planish.flatness.subject import Subject
 from planish.functional import Grid, fake_quantize
 from planish.network import Product, Site
-from planish.ptq.sensitivity import kl_divergence
 from planish.quantizers import UniformQuantizer
 from planish.scheme import Format
+from planish.task import CLASSES
 from tests.flatness.networks import attention_net, conv_net, images
 
 
@@ -100,7 +100,7 @@ def test_the_divergence_under_imitation_is_near_that_under_rounding(build):
     reference, clean = subject.logits(), subject.losses().mean().item()
     for scheme in ("w4a4", "w2a2"):
         with subject.tapped(subject.quantizers[scheme]):
-            rounded = kl_divergence(reference, subject.logits()).mean().item()
+            rounded = CLASSES.exact(reference, subject.logits()).mean().item()
         assert 1 / 3 < imitate(subject, scheme, draws=8).divergence / rounded < 3
     few, many = (imitate(subject, s).divergence for s in ("w2a2", "w8a8"))
     assert few > 100 * many

@@ -9,7 +9,7 @@ import pytest
 from planish.flatness.imitation import Imitation, imitate
 from planish.flatness.prediction import FITTED, Calibration, from_imitation, predict
 from planish.flatness.subject import Subject
-from planish.ptq.sensitivity import kl_divergence
+from planish.task import CLASSES
 from tests.flatness.networks import attention_net, conv_net, images
 
 AS_IT_IS = Calibration(0.0, 1.0, 0.0, "nothing fitted")
@@ -60,7 +60,7 @@ def test_it_is_made_of_the_imitation_and_orders_schemes_as_rounding_does(build):
     reference, real = subject.logits(), []
     for scheme in schemes:
         with subject.tapped(subject.quantizers[scheme]):
-            real.append(kl_divergence(reference, subject.logits()).mean().item())
+            real.append(CLASSES.exact(reference, subject.logits()).mean().item())
     assert [p.divergence for p in found] == sorted(p.divergence for p in found)
     assert real == sorted(real)
     assert found[0].top1 > found[2].top1

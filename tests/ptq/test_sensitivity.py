@@ -11,9 +11,10 @@ from torch import nn
 
 from planish.network import taps_of, watch
 from planish.network.batches import call_model, first_image, logits_of
-from planish.ptq.sensitivity import batch_size, every_nth, fisher_losses, kl_divergence, measured_losses
+from planish.ptq.sensitivity import batch_size, every_nth, fisher_losses, measured_losses
 from planish.quantizers import UniformQuantizer
 from planish.scheme import Format
+from planish.task import CLASSES
 from tests.network.zoo import build
 
 
@@ -21,9 +22,9 @@ def test_the_divergence_is_that_of_pytorch():
     a, b = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).mul(3).split([3, 4], 1)
     a, b = a.repeat(1, 4)[:, :4], b
     expected = F.kl_div(b.double().log_softmax(1), a.double().log_softmax(1), reduction="none", log_target=True).sum(1)
-    torch.testing.assert_close(kl_divergence(a, b), expected)
-    assert kl_divergence(a, a).max() == 0
-    assert (kl_divergence(a, a + 5) < 1e-12).all()  # the same prediction
+    torch.testing.assert_close(CLASSES.exact(a, b), expected)
+    assert CLASSES.exact(a, a).max() == 0
+    assert (CLASSES.exact(a, a + 5) < 1e-12).all()  # the same prediction
 
 
 @torch.no_grad()
@@ -45,7 +46,7 @@ def test_measured_is_what_rounding_one_weight_by_hand_gives(name):
         for where, quantizer in trial.items():
             weight = twin.get_submodule(sites[where].owner).weight
             weight.copy_(quantizer(weight))
-        expected = kl_divergence(logits_of(call_model(before, example)), logits_of(call_model(twin, example))).mean()
+        expected = CLASSES.exact(logits_of(call_model(before, example)), logits_of(call_model(twin, example))).mean()
         assert loss == pytest.approx(expected.item(), rel=1e-4, abs=1e-9)
     assert all(coarse > fine > 0 for coarse, fine in zip(losses[::2], losses[1::2], strict=True))
     assert not list(taps_of(model))

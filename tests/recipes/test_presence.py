@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from planish.errors import PlanishError
+from planish.errors import PlanishError, is_lost_connection
 from planish.recipes import presence
-from planish.recipes.presence import Presence, Roll, is_lost_connection, present
+from planish.recipes.presence import Presence, Roll, present
 from tests.cli.conftest import MODEL, make_images
 from tests.cli.runs import outcome
 from tests.processes import start_two

@@ -6,9 +6,8 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from planish.errors import NotWritten, PlanishError
+from planish.errors import NotWritten, PlanishError, is_out_of_memory
 
-_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 _WORKER = re.compile(r"DataLoader worker .*(killed|exited|bus error)", re.IGNORECASE)
 _WANTED = re.compile(r"tried to allocate ([\d.]+ ?\w+)", re.IGNORECASE)
 
@@ -45,7 +44,7 @@ def about_memory(error: BaseException, batch_size: int | None = None) -> str | N
     if _WORKER.search(text):
         return "a process that reads images was killed, most often for want of memory: try fewer --workers"
     on_device = type(error).__name__ == "OutOfMemoryError" or "CUDA" in text
-    if not (isinstance(error, MemoryError) or _MEMORY.search(text)):
+    if not is_out_of_memory(error):
         return None
     wanted = _WANTED.search(text)
     amount = f" (it asked for {wanted[1]} more)" if wanted else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,15 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from planish.errors import PlanishError
+from planish.errors import PlanishError, is_lost_connection, is_out_of_memory, waits_for_gradient
 from planish.network.batches import map_tensors, split_batch
-
-# what the images have no part in: too little memory, and other processes
-_OTHERS = re.compile(
-    r"out of memory|can't allocate memory|finished reduction|gloo|nccl|connection (closed|reset|refused)|broken pipe|"
-    r"timed out|process group",
-    re.IGNORECASE,
-)
 
 
 class BadBatch(PlanishError):
@@ -73,9 +65,7 @@ def label_fault(labels: Any, logits: Tensor) -> str | None:
         )
     number = not (labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool)
     if not number and logits.shape[-1] != 1:  # one logit alone is a label, which may be true or a share
-        return (
-            f"has labels of type {str(labels.dtype).removeprefix('torch.')}: expected class numbers, which are integers"
-        )
+        return f"has labels of type {_name(labels.dtype)}: expected class numbers, which are integers"
     return None
 
 
@@ -114,8 +104,8 @@ def going_through(inputs: Any) -> Iterator[None]:
     except PlanishError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError, AssertionError) as error:
-        if _OTHERS.search(str(error)):
-            raise
+        if is_out_of_memory(error) or is_lost_connection(error) or waits_for_gradient(error):
+            raise  # the images have no part in it
         shapes: list[str] = []
         map_tensors(inputs, lambda tensor: _described(tensor, shapes))
         lines = str(error).strip().splitlines()

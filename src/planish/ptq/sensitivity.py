@@ -23,12 +23,6 @@ from planish.task import task_of
 Quantizers = Mapping[str, nn.Module]  # by the name of the site
 
 
-def kl_divergence(reference: Tensor, logits: Tensor) -> Tensor:
-    """KL(softmax(reference) || softmax(logits)) of each row of (N, classes), in nats and float64, shape (N,)."""
-    p, q = reference.double().log_softmax(-1), logits.double().log_softmax(-1)
-    return (p.exp() * (p - q)).sum(-1).clamp(min=0)
-
-
 def every_nth(batches: Sequence[Any], images: int) -> list[Any]:
     """At most ``images`` images of the batches, taken evenly from all of them."""
     step = -(-sum(batch_size(batch) for batch in batches) // images)
@@ -81,8 +75,7 @@ def measured_losses(
         for trial in trials:
             for name, quantizer in trial.items():
                 switches[name].quantizer = quantizer
-            logits = torch.cat(run_logits(model, batches)).double()
-            losses.append(task.distance(reference.double(), logits).clamp(min=0).mean().item())
+            losses.append(task.exact(reference, torch.cat(run_logits(model, batches))).mean().item())
             for name in trial:
                 switches[name].quantizer = None
     finally:

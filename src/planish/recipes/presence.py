@@ -8,7 +8,6 @@ which the processes met (``MASTER_ADDR:MASTER_PORT``), and reads those of the ot
 from __future__ import annotations
 
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,17 +16,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
-from planish.errors import PlanishError
+from planish.errors import PlanishError, is_lost_connection
 
 BEAT = 1.0  # seconds between two signs of life
 SILENCE = 120.0  # without a sign for so long, a process is gone, whatever the others feel
 AFTER_FAILURE = 10.0  # the same, when a collective operation has failed
 STARTING = 600.0  # for a process that has given none yet
 ENDED = 2  # exit status
-
-_LOST = re.compile(
-    r"connection (closed|reset|refused)|broken pipe|socket|gloo|nccl|timed out|timeout|process group", re.IGNORECASE
-)
 
 
 @dataclass
@@ -170,13 +165,6 @@ def present() -> Iterator[None]:
 
 
 KEPT = "this process stops, too; what was saved is whole: start all processes again to continue (a run with --resume)"
-
-
-def is_lost_connection(error: BaseException) -> bool:
-    """Whether an error is what a collective operation raises when another process does not answer."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not isinstance(error, RuntimeError):
-        return False
-    return type(error).__name__.startswith("Dist") or bool(_LOST.search(str(error)))
 
 
 def _store() -> Any:

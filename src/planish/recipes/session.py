@@ -11,8 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from planish.errors import printable
-from planish.recipes.presence import is_lost_connection
+from planish.errors import is_lost_connection, printable
 from planish.recipes.processes import is_main, on_main
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

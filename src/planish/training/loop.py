@@ -6,7 +6,6 @@ or one with an ingredient that draws nothing, computes exactly what the uninterr
 
 from __future__ import annotations
 
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence, Sized
@@ -17,7 +16,7 @@ from typing import Any
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from planish.errors import PlanishError
+from planish.errors import PlanishError, waits_for_gradient
 from planish.network.faults import BadBatch
 from planish.training import checkpoint
 from planish.training.engine import (
@@ -156,13 +155,7 @@ def train(
             model cannot take; the model holds the last good weights.
         Interrupted: ``should_stop`` asked for it.
     """
-    if settings.epochs < 0 or not isinstance(loader, Sized):
-        raise PlanishError(
-            f"training needs a number of epochs that is not negative, got {settings.epochs}, "
-            f"and a loader with a length, got a {type(loader).__name__}"
-        )
-    if settings.accumulation < 1:
-        raise PlanishError(f"accumulation is {settings.accumulation}: a batch is computed in 1 or more parts")
+    _check(settings, loader)
     checkpoint.check_place(checkpoint_dir)
     accelerator = accelerator or make_accelerator(settings.mixed_precision)
     split = None
@@ -184,64 +177,22 @@ def train(
     run = Run(model, wrapped, accelerator, settings, max(steps, 1), batches, log=log or (lambda event: None))
     _move(ingredients, model, accelerator)
     stepper = Stepper(run, prepared, peak, list(ingredients))
-    state = (model, prepared, ingredients)
-    known = {**asdict(settings), "steps": run.steps}  # what the rest of the run depends on
-    saver = functools.partial(checkpoint.save, checkpoint_dir, *state, accelerator, settings=known)
-    clock = _Clock(60 * checkpoint_minutes)
-    good = _snapshot(model)
-    began = time.perf_counter()
+    keeper = _Keeper(checkpoint_dir, checkpoint_minutes, run, prepared, ingredients)
     try:
         for ingredient in ingredients:
             ingredient.start(run)
         run.log(_seeds(run))
-        if resume and checkpoint_dir is not None and checkpoint.exists(checkpoint_dir):
-            run.step = checkpoint.load(checkpoint_dir, *state, settings=known)
-            good = _snapshot(model)
+        if resume and keeper.has_one:
+            keeper.load()
         stepper.set_modes()
-        for epoch in range(run.step // max(1, len(batches)), settings.epochs):
-            begin_epoch(batches, epoch, settings.seed)
-            done = run.step - epoch * len(batches)
-            for share in batches.begin_at(done):
-                loss = stepper(share)
-                run.step += 1
-                stepper.tell(loss)
-                if progress:
-                    progress(run.step, run.steps, loss)
-                stop, due = any_processes([should_stop(), clock.due()], accelerator)
-                if (stop or due) and run.step % len(batches):  # at the end of an epoch it is saved anyway
-                    _check_finite(model, accelerator)
-                    saver(run.step)
-                    clock.start()
-                    if stop:
-                        raise Interrupted
-            run.history.append({"epoch": epoch + 1, "loss": loss, "seconds": time.perf_counter() - began})
-            run.log({"event": "epoch", **run.history[-1]})
-            _check_finite(model, accelerator)
-            good = _snapshot(model)
-            saver(run.step)
-            clock.start()
-            if stop:
-                raise Interrupted
+        _walk(run, stepper, keeper, progress or (lambda step, steps, loss: None), should_stop)
     except (FloatingPointError, BadBatch) as error:
         run.failed = True
-        model.load_state_dict(good, strict=False)
-        where = (
-            f"; the checkpoint of the last good epoch is in {checkpoint_dir}"
-            if checkpoint_dir is not None and checkpoint.exists(checkpoint_dir)
-            else ""
-        )
-        what, advice = f"the loss became {error}", f"lower the learning rate ({peak:g})"
-        if isinstance(error, BadBatch):
-            epoch, batch = divmod(run.step, max(1, len(batches)))
-            what, advice = f"batch {batch + 1} of epoch {epoch + 1} {error}", "correct what the loader gives"
-        raise TrainingFailed(
-            f"{what} at step {run.step + 1} of {run.steps}: training stopped and the last good weights were kept"
-            f"{where}; {advice}",
-            {key: whole(value) for key, value in good.items()},
-        ) from None
+        model.load_state_dict(keeper.good, strict=False)
+        raise _failure(error, run, keeper, peak) from None
     except RuntimeError as error:
         run.failed = True
-        if "Expected to have finished reduction" not in str(error):
+        if not waits_for_gradient(error):
             raise
         raise PlanishError(
             "a parameter of the network gets no gradient, and the processes wait for it: give parameters that no image "
@@ -260,6 +211,92 @@ def train(
     return run
 
 
+def _check(settings: TrainingSettings, loader: Any) -> None:
+    if settings.epochs < 0 or not isinstance(loader, Sized):
+        raise PlanishError(
+            f"training needs a number of epochs that is not negative, got {settings.epochs}, "
+            f"and a loader with a length, got a {type(loader).__name__}"
+        )
+    if settings.accumulation < 1:
+        raise PlanishError(f"accumulation is {settings.accumulation}: a batch is computed in 1 or more parts")
+
+
+def _walk(
+    run: Run, stepper: Stepper, keeper: _Keeper, progress: Callable[[int, int, float], None],
+    should_stop: Callable[[], bool],
+) -> None:  # fmt: skip
+    """All steps that are left, with a checkpoint after every epoch, and within one where it is due or asked for."""
+    batches, began = run.loader, time.perf_counter()
+    for epoch in range(run.step // max(1, len(batches)), run.settings.epochs):
+        begin_epoch(batches, epoch, run.settings.seed)
+        for share in batches.begin_at(run.step - epoch * len(batches)):
+            loss = stepper(share)
+            run.step += 1
+            stepper.tell(loss)
+            progress(run.step, run.steps, loss)
+            stop, due = any_processes([should_stop(), keeper.due()], run.accelerator)
+            if (stop or due) and run.step % len(batches):  # at the end of an epoch it is saved anyway
+                keeper.save()
+                if stop:
+                    raise Interrupted
+        run.history.append({"epoch": epoch + 1, "loss": loss, "seconds": time.perf_counter() - began})
+        run.log({"event": "epoch", **run.history[-1]})
+        keeper.save(end_of_epoch=True)
+        if stop:
+            raise Interrupted
+
+
+class _Keeper:
+    """What is kept of a run: its checkpoint, where there is a folder for it, and the weights of the last good epoch."""
+
+    def __init__(
+        self, directory: Path | None, minutes: float, run: Run, optimizer: Any, ingredients: Sequence[Ingredient]
+    ) -> None:
+        self.directory, self.seconds, self.run = directory, 60 * minutes, run
+        self.state = (run.model, optimizer, ingredients)
+        self.known = {**asdict(run.settings), "steps": run.steps}  # what the rest of the run depends on
+        self.good = _snapshot(run.model)
+        self.since = time.monotonic()
+
+    @property
+    def has_one(self) -> bool:
+        """Whether there is a checkpoint."""
+        return self.directory is not None and checkpoint.exists(self.directory)
+
+    def load(self) -> None:
+        """Go on where the checkpoint was written."""
+        assert self.directory is not None
+        self.run.step = checkpoint.load(self.directory, *self.state, settings=self.known)
+        self.good = _snapshot(self.run.model)
+
+    def due(self) -> bool:
+        """Whether the last checkpoint was written too long ago."""
+        return time.monotonic() - self.since >= self.seconds
+
+    def save(self, *, end_of_epoch: bool = False) -> None:
+        """Write a checkpoint; raises FloatingPointError instead if the weights are not finite."""
+        model, accelerator = self.run.model, self.run.accelerator
+        if any_process(not all(local(p).isfinite().all() for p in model.parameters()), accelerator):
+            raise FloatingPointError("NaN or infinite in the weights")
+        if end_of_epoch:
+            self.good = _snapshot(model)
+        checkpoint.save(self.directory, *self.state, accelerator, self.run.step, settings=self.known)
+        self.since = time.monotonic()
+
+
+def _failure(error: Exception, run: Run, keeper: _Keeper, peak: float) -> TrainingFailed:
+    where = f"; the checkpoint of the last good epoch is in {keeper.directory}" if keeper.has_one else ""
+    what, advice = f"the loss became {error}", f"lower the learning rate ({peak:g})"
+    if isinstance(error, BadBatch):
+        epoch, batch = divmod(run.step, max(1, len(run.loader)))
+        what, advice = f"batch {batch + 1} of epoch {epoch + 1} {error}", "correct what the loader gives"
+    return TrainingFailed(
+        f"{what} at step {run.step + 1} of {run.steps}: training stopped and the last good weights were kept"
+        f"{where}; {advice}",
+        {key: whole(value) for key, value in keeper.good.items()},
+    )
+
+
 def _seeds(run: Run) -> dict[str, Any]:
     """A line for the log: what everything random in this run follows from."""
     processes, seed = run.accelerator.num_processes, run.settings.seed
@@ -271,25 +308,6 @@ def _seeds(run: Run) -> dict[str, Any]:
 
 def _snapshot(model: nn.Module) -> dict[str, Tensor]:
     return {key: value.detach().clone() for key, value in model.state_dict().items()}
-
-
-def _check_finite(model: nn.Module, accelerator: Accelerator) -> None:
-    if any_process(not all(local(p).isfinite().all() for p in model.parameters()), accelerator):
-        raise FloatingPointError("NaN or infinite in the weights")
-
-
-class _Clock:
-    """When the next checkpoint within an epoch is due."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.start()
-
-    def start(self) -> None:
-        self.since = time.monotonic()
-
-    def due(self) -> bool:
-        return time.monotonic() - self.since >= self.seconds
 
 
 def _move(ingredients: Sequence[Ingredient], model: nn.Module, accelerator: Accelerator) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from planish.errors import PlanishError
+from planish.task import task_loss, task_of
 from planish.training.ingredients import Compute, Ingredient
 from planish.training.loop import Run
 
@@ -16,7 +16,7 @@ UNIFORM = 1.8  # kurtosis of the uniform law
 
 def kurtosis(weight: Tensor) -> Tensor:
     """``E[((w - mean) / std)^4]`` over all entries; 3 for a Gaussian, 1.8 for a uniform law. 0 for a constant."""
-    centred = weight.float() - weight.float().mean()
+    centred = weight - weight.mean()
     return (centred / centred.square().mean().clamp(min=1e-24).sqrt()).pow(4).mean()
 
 
@@ -40,7 +40,7 @@ class Kurtosis(Ingredient):
 
 
 class GradientL1(Ingredient):
-    """``weight * |dL/dw|_1`` over all weights, L the batch's cross-entropy (Alizadeh et al. 2020, arXiv 2002.07520).
+    """``weight * |dL/dw|_1`` over all weights, L the batch's task loss (Alizadeh et al. 2020, arXiv 2002.07520).
 
     To first order, that is what an error of given largest size in every weight can add to the loss, at any number of
     bits. The penalty is differentiated through the gradient, which costs about as much as two more steps. The paper
@@ -62,7 +62,8 @@ class GradientL1(Ingredient):
         if labels is None:
             raise PlanishError("gradient-L1 regularization needs labels, but the loader yields images only")
         weights = [p for p in run.model.parameters() if p.dim() > 1 and p.requires_grad]
-        gradients = torch.autograd.grad(F.cross_entropy(logits, labels), weights, create_graph=True, allow_unused=True)
+        loss = task_loss(task_of(run.model, logits), logits, labels)
+        gradients = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True)
         return self.weight * torch.stack([g.abs().sum() for g in gradients if g is not None]).sum()
 
 
