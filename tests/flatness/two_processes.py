@@ -7,6 +7,7 @@ import json
 import os
 
 from planish.flatness.curvature import curvature
+from planish.recipes.processes import leave_group
 from planish.training.engine import make_accelerator
 from tests.flatness.networks import attention_net, images
 
@@ -21,6 +22,7 @@ def main() -> dict:
     for name, batches in (("shared", shared), ("lonely", lonely)):
         measured = curvature(model, batches=batches, probes=4, steps=40, exact=0, accelerator=accelerator)
         found[name] = dataclasses.asdict(measured)
+    leave_group()
     return found
 
 

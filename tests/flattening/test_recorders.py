@@ -3,7 +3,7 @@ import copy
 import pytest
 import torch
 
-from planish.flattening.recorders import SAMPLE, ErrorRecorder, sample_activation
+from planish.flattening.recorders import CANDIDATES, SAMPLE, ErrorRecorder, sample_activation
 from planish.functional import fake_quantize
 from planish.quantizers import fit_grid
 from planish.quantizers.ranges import SMALLEST
@@ -94,6 +94,29 @@ def test_range_stays_where_it_is_best():
     recorder = ErrorRecorder(Format(4))
     scales = settle(recorder, [torch.randn(16_000) for _ in range(60)])
     assert max(scales) / min(scales) < 1.08
+
+
+@pytest.mark.parametrize("shape", [(6, 5, 4), (6, 30)])
+@pytest.mark.parametrize(("granularity", "axis"), [("tensor", None), ("channel", 0), ("channel", 1), ("token", None)])
+def test_the_range_goes_halfway_to_the_best_candidate_tried_together_or_alone(shape, granularity, axis, monkeypatch):
+    """Against the candidates one by one."""
+    torch.manual_seed(0)
+    x, scales = torch.randn(shape), []
+    own = {"tensor": set(), "channel": {axis}, "token": {len(shape) - 2}}[granularity]  # dimensions that have scales
+    recorder = ErrorRecorder(Format(3, granularity), channel_axis=axis)
+    recorder.measure(x)
+    grid = recorder.grid._replace(scale=recorder.step * (0.8 + 0.1 * torch.rand_like(recorder.step)))
+    for together in (1 << 20, 0):
+        monkeypatch.setattr("planish.flattening.recorders.TOGETHER", together)
+        scales.append(recorder._follow(x, grid).scale)
+    least, best = torch.full(grid.scale.shape, torch.inf), grid.scale
+    for factor in CANDIDATES:
+        tried = grid._replace(scale=grid.scale * factor)
+        error = (fake_quantize(x, tried) - x).square().sum([d for d in range(x.dim()) if d not in own])
+        error = error.reshape(least.shape)
+        least, best = torch.minimum(error, least), torch.where(error < least, tried.scale, best)
+    assert torch.equal(*scales)
+    torch.testing.assert_close(scales[0], (grid.scale + best) / 2)
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e-30])

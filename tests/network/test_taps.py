@@ -251,6 +251,21 @@ def test_a_product_that_was_not_there_is_an_error(inside):
     assert model(x).shape == (4, 4)
 
 
+@pytest.mark.parametrize("encoder", [False, True])
+def test_a_product_that_was_not_there_is_noticed_while_it_is_watched_for(encoder):
+    branch, x, looking = Branch(), torch.randn(4, 4), []
+    model = nn.Sequential(branch, *([nn.TransformerEncoderLayer(4, 1, 8, 0.0)] if encoder else []))
+    taps = attach(model, watch(model, x).products, Count, watching=lambda: bool(looking))
+    branch.on = True
+    if not encoder:  # which is always watched: its fused kernels would go past the taps
+        y = nn.functional.linear(x, branch.lin._parameters["weight"], branch.lin.bias)
+        assert torch.equal(model(x), y @ y.T)
+        assert taps["0.lin.input"].calls == taps["0.lin.weight"].calls == 1
+        looking.append(1)
+    with pytest.raises(PlanishError, match="was not there when the model was watched"):
+        model(x)
+
+
 def test_idle_taps_leave_fused_attention_alone():
     model, example = build("vit_gray_28")
     taps = attach(model, watch(model, example).products, lambda site: None if site.is_weight else Count(site))

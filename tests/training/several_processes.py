@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load_file
+from timm.layers import BatchNormAct2d
 from torch.utils.data import DataLoader, TensorDataset
 
 from planish.errors import PlanishError
@@ -72,8 +73,18 @@ def trainings():
     found |= {"stock": numbers(stock), "list": numbers(listed)}
 
     norms = tiny.conv()
-    tiny.fit(norms, [], tiny.loader(), run_settings=tiny.settings(epochs=1))
-    found["statistics"] = [*norms[1].running_mean.tolist(), *norms[1].running_var.tolist()]
+    tiny.fit(norms, [SAM(0.1)], uneven(), run_settings=tiny.settings(epochs=2))  # BatchNorm is not frozen
+    found["norms"] = numbers(norms)
+    kinds = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3), BatchNormAct2d(4), torch.nn.Conv2d(4, 4, 3),
+        torch.nn.BatchNorm2d(4, affine=False, track_running_stats=False), torch.nn.Conv2d(4, 4, 3),
+        torch.nn.BatchNorm2d(4, momentum=None), torch.nn.Flatten(), torch.nn.Linear(16, 4), torch.nn.BatchNorm1d(4),
+    )  # fmt: skip
+    with torch.no_grad():
+        for i, parameter in enumerate(kinds.parameters()):
+            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i)) / 3)
+    tiny.fit(kinds, [], uneven(), run_settings=tiny.settings(epochs=1))
+    found["kinds"] = numbers(kinds)
 
     noisy = tiny.conv()
     noise = ActivationNoise(tiny.plan(noisy), refresh=2)
@@ -102,6 +113,8 @@ def quantized():
     settings = QATSettings(averaging=0.9, training=ONE)
     options = {"calibration": calibration, "settings": settings}
     found = {"lsq": numbers(train_quantized(tiny.conv(), uneven(), "w4a4", "lsq", **options))}
+    free = options | {"settings": replace(options["settings"], training=replace(ONE, freeze_batchnorm=False))}
+    found["lsq, norms"] = numbers(train_quantized(tiny.conv(), uneven(), "w4a4", "lsq", **free))
     for method in METHODS if make_accelerator().num_processes == 2 else ():
         found[method] = numbers(train_quantized(tiny.conv(), uneven(), "w4a4", method, **options))
     found["ranges"] = numbers(quantize(tiny.conv(), calibration, "w4a4"))

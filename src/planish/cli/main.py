@@ -117,4 +117,8 @@ def entry() -> None:
     status = main()
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # it is over: the interpreter only cleans up
+    if not status and "torch" in sys.modules:
+        from planish.recipes.processes import leave_group
+
+        leave_group()
     sys.exit(status)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.flattening.pool import NoisePool, grouped
-from planish.flattening.recorders import ErrorRecorder, sample_activation, sample_together
+from planish.flattening.recorders import ErrorRecorder, gather_samples, part_of_sample, sample_activation
 from planish.flattening.schedule import Schedule
 from planish.functional import fake_quantize
 from planish.network import Assignment, Site, attach, detach
@@ -64,7 +64,12 @@ class _Level:
     zero_point: int = 0
     due: bool = False  # to be measured at the next step that allows it
 
-    def refresh(self, sigma: float) -> None:
+    @property
+    def by_token(self) -> bool:
+        """Whether each token has a scale."""
+        return self.recorder.format.granularity == "token"
+
+    def take(self, sigma: float) -> None:
         low, high = self.recorder.limits()
         self.low, self.high, self.sigma = low.min().item(), high.max().item(), sigma
         if self.recorder.step.numel() == 1:
@@ -143,19 +148,19 @@ class NoiseTap(nn.Module):
         return F.hardtanh(x, self.level.low, self.level.high)
 
     def measure(self, x: Tensor) -> None:
-        """Refresh the recorder and the plain numbers that the hot path reads; once a step, however often it runs."""
+        """Show the recorder a sample; once a step, however often the layer runs.
+
+        The first one counts from now on. Later ones wait for the end of the step, and then count from the next: so the
+        processes exchange all of them at once.
+        """
         self.measuring = self.level.due = False
-        owner = self.owner
-        seen, own = owner.sample(x, self)
-        bad = not torch.isfinite(seen).all()
-        # what all processes see alike they judge alike; of its own sample one would leave the others waiting
-        if any_process(bad, owner.accelerator) if own else bad:
-            return  # the loss will say so
-        self.recorder.measure(seen)
-        if own:
-            self.recorder.reduce(owner.accelerator)
-        size = self.recorder.step / 12**0.5 if owner.kind == "uniform" else self.recorder.deviation
-        self.level.refresh(owner.gain * size.mean().item())
+        sample = self.owner.sample(x, self)
+        if self.whole:
+            self.owner.refresh(self.level, sample)
+        elif self.recorder.grid is None:
+            self.owner.take_in([(self.level, sample)])
+        else:  # a copy, which outlives the activation
+            self.owner.waiting.append((self.level, sample.clone()))
 
     def _apply(self, fn: Any, recurse: bool = True) -> NoiseTap:
         return self
@@ -192,11 +197,13 @@ class ActivationNoise(Ingredient):
         self.part = part
         self.schedule = Schedule(start, until, share, refresh, seed)
         self.measured = [-1] * len(self.assignments)  # steps of the last measurement, by scheme
+        self.measuring = True  # in this step
         self.seeds: list[int] = []  # of the noise of every process
         self.taps: dict[str, NoiseTap] = {}
         self.by_layer: defaultdict[str, list[NoiseTap]] = defaultdict(list)
         self.accelerator: Accelerator
         self.counts: Sequence[int] = ()  # images of every process in the first part of the batch
+        self.waiting: list[tuple[_Level, Tensor]] = []  # samples of this step
 
     def active(self, run: Run) -> bool:
         """Whether this step is perturbed."""
@@ -219,7 +226,8 @@ class ActivationNoise(Ingredient):
         self.seeds = [self.schedule.seed + 7919 * (1 + rank) for rank in range(run.accelerator.num_processes)]
         self.pool = NoisePool(law, self.seeds[run.accelerator.process_index], run.accelerator.device)
         run.log({"event": "noise", "on": "activations", "kind": self.kind, "seeds": self.seeds})
-        taps = attach(run.model, self.assignments[0].products, make)
+        # a product that nobody knew of is noticed when errors are measured
+        taps = attach(run.model, self.assignments[0].products, make, watching=lambda: self.measuring)
         self.taps = {name: tap for name, tap in taps.items() if isinstance(tap, NoiseTap)}
         self.by_layer = defaultdict(list)  # the operands of a layer are rounded together
         for product in self.assignments[0].products:
@@ -238,9 +246,9 @@ class ActivationNoise(Ingredient):
         )
 
     def before_step(self, run: Run, inputs: Any, labels: Tensor | None) -> None:
-        active, self.counts = self.active(run), run.counts
+        active, self.counts, self.waiting = self.active(run), run.counts, []
         scheme = self.schedule.pick(run, len(self.assignments))
-        measuring = active and self.schedule.due(run, self.measured[scheme])
+        self.measuring = measuring = active and self.schedule.due(run, self.measured[scheme])
         if measuring:
             self.measured[scheme] = run.step
         states = [tap.__dict__ for tap in self.taps.values()]  # nn.Module takes its time with every attribute
@@ -280,17 +288,40 @@ class ActivationNoise(Ingredient):
         detach(run.model)
         self.taps, self.by_layer = {}, defaultdict(list)
 
-    def sample(self, x: Tensor, tap: NoiseTap) -> tuple[Tensor, bool]:
-        """What a recorder looks at of ``x``, and whether that is this process's own, to be averaged afterwards.
+    def after_step(self, run: Run) -> None:
+        waiting, self.waiting = self.waiting, []
+        with torch.no_grad():
+            self.take_in(waiting)
 
-        The sample is that of the whole batch. With a scale for each token it is this process's own; a weight that is
-        made from parameters is looked at whole and is the same everywhere.
+    def sample(self, x: Tensor, tap: NoiseTap) -> Tensor:
+        """What a recorder looks at of ``x``: of several processes each has its part of a sample of the whole batch.
+
+        With a scale for each token a sample is the process's own; a weight that is made from parameters is looked at
+        whole and is the same everywhere.
         """
-        if tap.whole or self.accelerator.num_processes == 1:
-            return (x if tap.whole else sample_activation(x)), False
-        if tap.recorder.format.granularity == "token":
-            return sample_activation(x), True
-        return sample_together(x, self.counts, self.accelerator), False
+        if tap.whole:
+            return x.detach()
+        if self.accelerator.num_processes == 1 or tap.level.by_token:
+            return sample_activation(x)
+        return part_of_sample(x, self.counts, self.accelerator.process_index)
+
+    def take_in(self, samples: Sequence[tuple[_Level, Tensor]]) -> None:
+        """Refresh recorders with samples of all processes."""
+        joined = iter(gather_samples([s for level, s in samples if not level.by_token], self.accelerator))
+        for level, sample in samples:
+            self.refresh(level, sample if level.by_token else next(joined))
+
+    def refresh(self, level: _Level, seen: Tensor) -> None:
+        """Refresh a recorder, and the plain numbers that the hot path reads."""
+        bad = not torch.isfinite(seen).all()
+        # what all processes see alike they judge alike; of its own sample one would leave the others waiting
+        if any_process(bad, self.accelerator) if level.by_token else bad:
+            return  # the loss will say so
+        level.recorder.measure(seen)
+        if level.by_token:
+            level.recorder.reduce(self.accelerator)
+        size = level.recorder.step / 12**0.5 if self.kind == "uniform" else level.recorder.deviation
+        level.take(self.gain * size.mean().item())
 
     def state_dict(self) -> dict[str, Any]:
         levels = {

@@ -9,7 +9,6 @@ instead of a search; a tensor that runs away from its range is fitted anew.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ CANDIDATES = (0.93, 1.0, 1.075)
 JUMP = 2.0  # an error variance that exceeds its average by this factor makes the range be fitted anew
 FOLLOW = 0.5  # how far the scale moves towards the best candidate
 SAMPLE = 8_192  # activations looked at when a recorder is refreshed
+TOGETHER = 1 << 16  # values up to which the candidates are tried in one go: of so few, an operation costs its call
 
 
 class ErrorRecorder:
@@ -81,32 +81,45 @@ class ErrorRecorder:
 
     def _moments(self, x: Tensor, grid: Grid) -> tuple[Tensor, Tensor, float]:
         """Mean and variance of the error over everything that shares a scale; the share of values that are not 0."""
-        error = fake_quantize(x, grid) - x
-        present = x != 0
-        weights = present.float() if self.nonzero_only else torch.ones_like(x)
-        count = self._sum(weights).clamp(min=1)
-        mean = self._sum(error * weights) / count
-        variance = self._sum((error - mean) ** 2 * weights) / count
-        return mean, variance, present.float().mean().item()
+        error = fake_quantize(x, grid).sub_(x)
+        present = torch.count_nonzero(x).item() / max(1, x.numel())
+        if self.nonzero_only and present < 1:
+            weights = torch.ne(x, 0, out=torch.empty_like(x))
+            count = self._sum(weights).clamp(min=1)
+            mean = self._sum(error * weights) / count
+            return mean, self._sum((error - mean).square_().mul_(weights)) / count, present
+        mean = self._mean(error)
+        return mean, self._mean((error - mean).square_()), present
 
-    def _sum(self, x: Tensor) -> Tensor:
-        """Sum over everything that shares a scale; the result broadcasts against the tensor."""
+    def _sum(self, x: Tensor, ahead: int = 0) -> Tensor:
+        """Sum over everything that shares a scale; the result broadcasts against the tensor.
+
+        So many dimensions ``ahead`` of those of the tensor, which number several tensors, are kept.
+        """
+        dims = range(ahead, x.dim())
         if self.format.granularity == "token":
-            return x.movedim(-2, 0).flatten(1).sum(1).reshape(-1, 1)
+            kept = x.dim() - 2
+            return x.sum([d for d in dims if d != kept]).unsqueeze(-1)
         if self.format.granularity == "tensor" or self.axis is None:
-            return x.sum()
-        return x.sum([d for d in range(x.dim()) if d != self.axis % x.dim()], keepdim=True)
+            return x.sum(list(dims))
+        axis = ahead + self.axis % (x.dim() - ahead)
+        return x.sum([d for d in dims if d != axis], keepdim=True)
+
+    def _mean(self, x: Tensor) -> Tensor:
+        total = self._sum(x)
+        return total.mul_(max(1, total.numel()) / max(1, x.numel()))
 
     def _follow(self, x: Tensor, grid: Grid) -> Grid:
-        candidates = [grid._replace(scale=grid.scale * factor) for factor in CANDIDATES]
-        errors = torch.stack([self._per_scale((fake_quantize(x, c) - x) ** 2, grid) for c in candidates])
-        best = torch.stack([c.scale for c in candidates]).gather(0, errors.argmin(0, keepdim=True))[0]
-        scale = grid.scale.lerp(best, FOLLOW)
-        return grid._replace(scale=scale.clamp(min=SMALLEST))
-
-    def _per_scale(self, x: Tensor, grid: Grid) -> Tensor:
-        total = self._sum(x)
-        return total if total.shape == grid.scale.shape else total.expand_as(grid.scale)
+        factors = torch.tensor(CANDIDATES, device=x.device)
+        errors = []
+        for some in factors.split(len(factors) if x.numel() <= TOGETHER else 1):
+            ahead = grid.scale.reshape((1,) * (x.dim() - grid.scale.dim()) + grid.scale.shape)
+            several = grid._replace(scale=ahead * some.reshape(-1, *[1] * x.dim()))
+            total = self._sum(fake_quantize(x[None], several).sub_(x).square_(), ahead=1)
+            errors.append(total.reshape(len(some), -1))
+        best = factors[torch.cat(errors).argmin(0)]
+        best = best.reshape(grid.scale.shape if best.numel() == grid.scale.numel() else ())
+        return grid._replace(scale=grid.scale.lerp(grid.scale * best, FOLLOW).clamp(min=SMALLEST))
 
     @property
     def deviation(self) -> Tensor:
@@ -152,19 +165,26 @@ def sample_activation(x: Tensor, most: int = SAMPLE) -> Tensor:
     return x.detach()[: places.stop : places.step]
 
 
-def sample_together(x: Tensor, counts: Sequence[int], accelerator: Accelerator, most: int = SAMPLE) -> Tensor:
-    """The values that :func:`sample_activation` takes of the whole batch, in every process.
+def part_of_sample(x: Tensor, counts: Sequence[int], rank: int) -> Tensor:
+    """What this process has of the values that :func:`sample_activation` takes of the whole batch, a vector.
 
     Args:
         x: the activations of this process's images.
         counts: how many images each process has.
     """
-    rank = accelerator.process_index
     rows = x.shape[0] // max(1, counts[rank])  # of an image: windows of an attention are rows of their own
-    taken = spread(rows * sum(counts), x[0].numel(), most)
-    ends = [rows * sum(counts[:r]) for r in range(len(counts) + 1)]
-    places = [[i - begin for i in taken if begin <= i < end] for begin, end in pairwise(ends)]
-    # Where the processes have equally many images, each knows what the others take. Where they do not, it could be
-    # mistaken about a tensor whose first dimension is not that of images.
-    sizes = [len(own) * x[0].numel() for own in places] if len(set(counts)) == 1 else None
-    return gather_rows(x.detach()[places[rank]].float().flatten(), accelerator, sizes)
+    taken = spread(rows * sum(counts), x[0].numel())
+    begin, end = (rows * sum(counts[:r]) for r in (rank, rank + 1))
+    return x.detach()[[i - begin for i in taken if begin <= i < end]].float().flatten()
+
+
+def gather_samples(parts: Sequence[Tensor], accelerator: Accelerator) -> list[Tensor]:
+    """Of every sample the parts of all processes, joined; one exchange, whatever their number."""
+    if accelerator.num_processes == 1 or not parts:
+        return list(parts)
+    own = torch.tensor([[len(part) for part in parts]], device=parts[0].device)
+    sizes = accelerator.gather(own)
+    joined = gather_rows(torch.cat(list(parts)), accelerator, sizes.sum(1).tolist())
+    pieces = iter(joined.split(sizes.flatten().tolist()))
+    by_process = [[next(pieces) for _ in parts] for _ in sizes]
+    return [torch.cat(same) for same in zip(*by_process, strict=True)]

@@ -50,6 +50,10 @@ def _idle(taps: Any, slot: str) -> bool:
     return slot not in taps or getattr(taps[slot], "idle", False)
 
 
+def _always() -> bool:
+    return True
+
+
 class _Running:
     """A tapped module whose forward is running: its count of products, and the weights that it has read so far."""
 
@@ -126,7 +130,9 @@ _SHORTCUTS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.Transfor
 _NEVER = property(lambda self: False, lambda self, value: None)
 
 
-def _tapped_class(cls: type[nn.Module], weights: tuple[str, ...], functional: bool) -> type[nn.Module]:
+def _tapped_class(
+    cls: type[nn.Module], weights: tuple[str, ...], functional: bool, watching: Callable[[], bool] | None
+) -> type[nn.Module]:
     @wraps(cls.forward)  # torch.export reads the names of the inputs from the signature
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         taps = _taps(self)
@@ -138,7 +144,7 @@ def _tapped_class(cls: type[nn.Module], weights: tuple[str, ...], functional: bo
         running = _Running(self)
         _RUNNING.append(running)
         try:
-            if functional:
+            if functional or (watching and watching()):
                 with _OperandTaps(running):
                     return cls.forward(self, *args, **kwargs)
             return cls.forward(self, *args, **kwargs)
@@ -172,11 +178,16 @@ def _read_weight(holder: Any, name: str) -> Tensor | None:
 
 
 def attach(
-    model: nn.Module, products: Iterable[Product], make_tap: Callable[[Site], nn.Module | None]
-) -> dict[str, nn.Module]:
+    model: nn.Module, products: Iterable[Product], make_tap: Callable[[Site], nn.Module | None], *,
+    watching: Callable[[], bool] = _always,
+) -> dict[str, nn.Module]:  # fmt: skip
     """Put ``make_tap(site)`` at every site of ``products``; ``None`` leaves a site alone.
 
     A tap may have an attribute ``idle``: while it is true for an attention's probabilities, the attention stays fused.
+
+    Args:
+        watching: asked in every pass whether products are to be noticed of modules that had none when the model was
+            watched; they are an error. It costs a call for every operation of the network, the smallest ones as well.
 
     Returns:
         The taps by the name of their site. Taps that were there before are replaced.
@@ -194,19 +205,24 @@ def attach(
     for product in products:
         by_module[product.module].append(product)
     shortcuts = [path for path, module in model.named_modules() if isinstance(module, tuple(_SHORTCUTS))]
-    # The model itself always gets a mode: it notices products of modules that had none when the model was watched, and
-    # keeps PyTorch from the fused kernels of nn.TransformerEncoder, which would go past the taps.
+    # The model itself gets a mode: it notices products of modules that had none when the model was watched, and keeps
+    # PyTorch from the fused kernels of nn.TransformerEncoder, which would go past the taps.
+    root = _always if shortcuts else watching
     for path in {"": None, **taps, **weights, **by_module, **dict.fromkeys(shortcuts)}:
         module, own = model.get_submodule(path), by_module.get(path, [])
         uses = {site.name for product in own for site in product.sites}
+        # what needs no mode: the input, weights that are read through their taps, and weights that have none
         simple = {f"{path}.input".lstrip("."), *(site for site, *_ in weights.get(path, {}).values())}
+        simple |= {site.name for product in own for site in product.sites if site.parameter and site.name not in placed}
         cls = type(module)
         if path in taps:
             module.add_module(CHILD, _Taps(taps[path]))
         module.__dict__["_planish_products"] = frozenset(product.key for product in own)
         module.__dict__["_planish_uses"] = frozenset(uses)
         module.__dict__["_planish_weights"] = weights.get(path, {})
-        module.__class__ = _tapped_class(cls, tuple(sorted(weights.get(path, {}))), not path or not uses <= simple)
+        module.__class__ = _tapped_class(
+            cls, tuple(sorted(weights.get(path, {}))), not uses <= simple, None if path else root
+        )
     return placed
 
 

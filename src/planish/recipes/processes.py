@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -53,6 +54,16 @@ def on_main(function: Callable[[], T]) -> T:
     if answer[1] is not None:
         raise PlanishError(answer[1])
     return answer[0]
+
+
+def leave_group() -> None:
+    """The last thing that a process does with others, if there are several: the threads of the group end here.
+
+    An interpreter that ends while they run may be aborted, and its exit status say that the work failed.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def make_console() -> Console:

@@ -35,7 +35,7 @@ def make_accelerator(mixed_precision: str | None = "no") -> Accelerator:
     try:
         return Accelerator(
             mixed_precision=mixed_precision, dataloader_config=DataLoaderConfiguration(use_seedable_sampler=False),
-            # running statistics are reduced, not taken from the first process: see reduce_statistics
+            # running statistics are those of all processes (see batchnorm.py), not taken from the first one
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )  # fmt: skip
     except ValueError as error:  # Accelerate's own, for a precision that this device has not
@@ -79,29 +79,6 @@ def equalize_buffers(model: nn.Module, accelerator: Accelerator) -> None:
     if accelerator.num_processes > 1:
         for buffer in model.buffers():
             torch.distributed.broadcast(buffer, 0)
-
-
-def trained_statistics(model: nn.Module) -> list[Any]:
-    """The BatchNorm layers whose running statistics move in training."""
-    norms = (m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-    return [norm for norm in norms if norm.training and norm.running_mean is not None]
-
-
-@torch.no_grad()
-def reduce_statistics(norms: Sequence[Any], accelerator: Accelerator) -> None:
-    """Running means and variances of all processes together, each having normalized its own part of the batch.
-
-    By the law of total variance the variance is the mean of the variances and the variance of the means.
-    """
-    if accelerator.num_processes == 1 or not norms:
-        return
-    means = torch.cat([norm.running_mean for norm in norms])
-    squares = torch.cat([norm.running_var for norm in norms]) + means.square()
-    means, squares = accelerator.reduce(torch.stack([means, squares]), "mean")
-    sizes = [len(norm.running_mean) for norm in norms]
-    for norm, mean, square in zip(norms, means.split(sizes), squares.split(sizes), strict=True):
-        norm.running_mean.copy_(mean)
-        norm.running_var.copy_(square - mean.square())
 
 
 def any_process(flag: Any, accelerator: Accelerator) -> bool:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from planish.errors import PlanishError
 from planish.network.batches import call_model, logits_of, split_batch, to_device
 from planish.network.faults import BadBatch, fault_in, going_through
-from planish.training.engine import reduce_statistics, seed_generators, step_seed, trained_statistics
+from planish.training.batchnorm import over_all
+from planish.training.engine import seed_generators, step_seed
 from planish.training.ingredients import Ingredient
 from planish.training.sharding import average_whole, clip_gradients, is_split, without_exchange
 from planish.training.shares import Share, first_parts
@@ -36,7 +37,7 @@ class Stepper:
         self.parameters = [p for p in run.model.parameters() if p.requires_grad]
         self.synchronized = run.wrapped  # what exchanges gradients at the end of a backward pass
         self.compiled: Any = torch.compile(run.wrapped) if run.settings.compile else None
-        self.norms: list[Any] = []
+        self.over_all = False  # whether statistics of the batch are those of all processes
         self.split = any(is_split(p) for p in self.parameters)
         self.fault: str | None = None  # of the batch at hand
 
@@ -47,7 +48,9 @@ class Stepper:
             for module in self.run.model.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
-        self.norms = trained_statistics(self.run.model)
+        several = self.run.accelerator.num_processes > 1
+        norms = (m for m in self.run.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        self.over_all = several and any(norm.training for norm in norms)
 
     def __call__(self, share: Share) -> float:
         run = self.run
@@ -65,7 +68,7 @@ class Stepper:
         for ingredient in self.ingredients:
             ingredient.before_step(run, inputs, labels)
         if self.compiled is not None:
-            eager = any(ingredient.eager(run) for ingredient in self.ingredients)
+            eager = self.over_all or any(ingredient.eager(run) for ingredient in self.ingredients)
             run.wrapped = self.synchronized if eager else self.compiled
         self.fresh = True
         compute: Callable[[], Tensor] = functools.partial(self._compute, parts)
@@ -79,7 +82,6 @@ class Stepper:
             self._clip(run.settings.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        reduce_statistics(self.norms, run.accelerator)
         for ingredient in self.ingredients:
             ingredient.after_step(run)
         return loss
@@ -127,7 +129,8 @@ class Stepper:
                 self._seed(run.part)
             last = run.part + 1 == len(parts)
             with self._exchanging(last):
-                loss = self._loss(*split_batch(part.batch))
+                with over_all(part.own > 0) if self.over_all else nullcontext():
+                    loss = self._loss(*split_batch(part.batch))
                 # all processes pass backward, whatever their loss is: one that did not would leave the others waiting
                 weight = part.weight * run.accelerator.num_processes  # gradients are averaged over the processes
                 run.accelerator.backward(loss if weight == 1 else loss * weight)
