@@ -4,8 +4,10 @@
     python benchmarks/qat.py --summary            # the tables: mean, standard error, differences paired by seed
 
 A suite is a list of arms. An arm is a method with its options, where it starts, and how many of the labels it sees. The
-images are the embedded ones: 10,000 to train on, 2,000 official test images to measure on. Settings were chosen on
-networks trained without the last 10,000 training images, and on those images, never on the test images.
+images of the embedded networks are the embedded ones: 10,000 to train on, 2,000 official test images to measure on.
+Settings were chosen on networks trained without the last 10,000 training images, and on those images, never on the test
+images. The networks of small_images.py (``--networks cifar10-resnet20 --small NETWORKS``) train on 10,000 of their
+50,000 images and are measured on all test images, with the settings that were chosen on the embedded ones.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from small_images import NAMES as SMALL
+from small_images import load_small
 from torch import nn
 from torch.utils.data import Subset
 
@@ -95,17 +99,24 @@ class Study:
     seed: int
 
     def __post_init__(self) -> None:
-        self.loaded = load_model(self.name)
-        self.data = load_data(None, self.loaded.preprocessing, seed=self.seed)
+        if self.name in SMALL:
+            self.loaded, self.data = load_small(self.name, self.args.small, self.args.shared, self.seed)
+        else:
+            self.loaded = load_model(self.name)
+            self.data = load_data(None, self.loaded.preprocessing, seed=self.seed)
         self.test = make_loader(self.data.test, 500, shuffle=False, seed=0)
         self.reference, _, _ = predict(self.loaded.model, self.test)
         self.fp_top1 = evaluate(self.loaded.model, self.test)["top1"]
+
+    @property
+    def lr(self) -> float | None:
+        return LR.get(self.name.split("-")[-1])
 
     def loader(self, dataset: Any) -> Any:
         return make_loader(dataset, self.args.batch_size, shuffle=True, seed=self.seed, augment=True, drop_last=True)
 
     def train(self, arm: Arm, scheme: str) -> nn.Module:
-        training = TrainingSettings(epochs=self.args.epochs, lr=LR.get(self.name), seed=self.seed)
+        training = TrainingSettings(epochs=self.args.epochs, lr=self.lr, seed=self.seed)
         given, loader = self.loaded.model, self.loader(self.data.train)
         unlabelled = None
         if arm.labels:
@@ -150,7 +161,7 @@ class Study:
             "arm": arm.name, "method": method.name if method else "rtn",
             "options": " ".join(f"{k}={v}" for k, v in options.items()), "start": arm.start, "scheme": scheme,
             "seed": self.seed, **{k: round(worth[k], 5) for k in ("top1", "nll", "ece", "flip_rate")},
-            "epochs": self.args.epochs, "lr": LR.get(self.name) or "default", "averaging": arm.averaging,
+            "epochs": self.args.epochs, "lr": self.lr or "default", "averaging": arm.averaging,
             "labels": arm.labels or len(self.data.train_labels),
             "train_images": len(self.data.train_labels), "test_images": len(self.data.test),
             "batch_size": self.args.batch_size, "threads": self.args.threads, "train_seconds": seconds,
@@ -210,6 +221,10 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--small", type=Path, default=Path("networks"), help="folder of the networks of small_images.py"
+    )
+    parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="folder of their images")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--summary", action="store_true", help="only print the tables of what is measured")
     args = parser.parse_args()

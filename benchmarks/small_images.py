@@ -1,0 +1,158 @@
+"""CIFAR-10 (JPEG) and Tiny-ImageNet-100 at 32 x 32, and the networks on them that other benchmarks start from.
+
+    python benchmarks/small_images.py --shared ../shared/data --out NETWORKS          # trains what is not there yet
+    python benchmarks/qat.py --networks cifar10-resnet20 --small NETWORKS
+
+The files are ``cifar10-train.npz`` and so on: images as JPEG, one after the other (``jpeg``, ``offsets``), with
+``labels``. CIFAR-10 was re-encoded with loss (quality 75), so that no figure compares with published ones. Networks are
+trained on all 50,000 training images; what other scripts do with them, they do on 10,000 of these.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from timm.models.resnet import BasicBlock
+from torch import Tensor, nn
+
+from planish.data import BatchedTensorDataset, calibration_subset, make_loader
+from planish.data.load import ImageData
+from planish.evaluation import evaluate
+from planish.flattening import flatten, plain
+from planish.models import Preprocessing, fit_weights, read_weights, save_weights
+from planish.models.load import LoadedModel
+from planish.models.weights import state_hash
+from planish.training import TrainingSettings
+
+LOOK = Preprocessing(input_size=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616), crop_pct=1.0)
+IMAGES = {"cifar10": "CIFAR-10 (JPEG)", "tin100": "Tiny-ImageNet-100, 32 px"}
+KEPT = 10_000  # training images that the studies use
+
+
+class ResNet20(nn.Module):
+    """The ResNet-20 of He et al. (2015, section 4.2): 3 stages of 3 blocks, 16, 32 and 64 channels; 0.27 M parameters.
+
+    Its stem takes every second row and column, so that a step costs a quarter: it computes at 16, 8 and 4 pixels.
+    """
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU())
+        blocks, before = [], 16
+        for stage, width in enumerate((16, 32, 64)):
+            for index in range(3):
+                stride = 2 if stage and not index else 1
+                shortcut = None
+                if before != width:
+                    shortcut = nn.Sequential(nn.Conv2d(before, width, 1, stride, bias=False), nn.BatchNorm2d(width))
+                blocks.append(BasicBlock(before, width, stride, shortcut))
+                before = width
+        self.blocks = nn.Sequential(*blocks)
+        self.head = nn.Linear(64, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks(self.stem(x)).mean((2, 3)))
+
+
+def vit(num_classes: int) -> nn.Module:
+    """A ViT of 1.2 M parameters: 64 tokens of 4 x 4 pixels, 192 wide, 4 blocks."""
+    return timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=192, depth=4, num_heads=3, mlp_ratio=2,
+        class_token=False, global_pool="avg", num_classes=num_classes,
+    )  # fmt: skip
+
+
+NETWORKS = {
+    "resnet20": (ResNet20, TrainingSettings(lr=0.1, optimizer="sgd", weight_decay=5e-4, freeze_batchnorm=False)),
+    "vit": (vit, TrainingSettings(lr=1e-3, optimizer="adamw", weight_decay=0.05)),
+}
+NAMES = [f"{images}-{network}" for images in IMAGES for network in NETWORKS]
+
+
+def load_images(images: str, shared: Path, *, seed: int, most: int | None = KEPT) -> ImageData:
+    """The images of one set; ``most`` training images, the same for every seed and equally many of each class."""
+    from PIL import Image
+
+    def split(part: str) -> tuple[np.ndarray, list[int]]:
+        file = np.load(shared / f"{images}-{part}.npz")
+        ends, joined = file["offsets"], file["jpeg"].tobytes()
+        decoded = [np.asarray(Image.open(io.BytesIO(joined[a:b])).convert("RGB")) for a, b in itertools.pairwise(ends)]
+        return np.stack(decoded).transpose(0, 3, 1, 2).copy(), file["labels"].astype(int).tolist()
+
+    (train, labels), (test, test_labels) = split("train"), split("test")
+    if most is not None:
+        kept = calibration_subset(BatchedTensorDataset(train, labels, LOOK), labels, most, 0).indices
+        train, labels = train[list(kept)], [labels[i] for i in kept]
+    return ImageData(
+        train=BatchedTensorDataset(train, labels, LOOK, seed=seed), test=BatchedTensorDataset(test, test_labels, LOOK),
+        classes=[str(c) for c in range(max(labels) + 1)], name=IMAGES[images], train_labels=labels,
+    )  # fmt: skip
+
+
+def load_small(name: str, folder: Path, shared: Path, seed: int) -> tuple[LoadedModel, ImageData]:
+    """A trained network by its name (``"cifar10-resnet20"``) and 10,000 of its training images."""
+    images, network = name.split("-")
+    data = load_images(images, shared, seed=seed)
+    model = NETWORKS[network][0](len(data.classes))
+    path = folder / f"{name}.safetensors"
+    fit_weights(model, read_weights(path)[0], name=name, source=path)
+    return LoadedModel(model.eval(), name, LOOK, state_hash(model), {"kind": "none"}), data
+
+
+def train(name: str, args: argparse.Namespace) -> None:
+    """Train a network and keep it with what was done."""
+    images, network = name.split("-")
+    data = load_images(images, args.shared, seed=args.seed, most=None)
+    torch.manual_seed(args.seed)
+    build, settings = NETWORKS[network]
+    model = build(len(data.classes))
+    loader = make_loader(data.train, 128, shuffle=True, seed=args.seed, augment=True, drop_last=True)
+    settings = TrainingSettings(
+        **{**settings.__dict__, "epochs": args.epochs, "seed": args.seed, "mixed_precision": args.precision}
+    )
+    began = time.perf_counter()
+
+    def progress(step: int, steps: int, loss: float) -> None:
+        if step % len(loader) == 0:
+            print(
+                f"{name}: epoch {step // len(loader)}, loss {loss:.3f}, {time.perf_counter() - began:.0f} s", flush=True
+            )
+
+    model = flatten(model, loader, settings=plain(settings), progress=progress)
+    top1 = evaluate(model, make_loader(data.test, 500, shuffle=False, seed=0))["top1"]
+    card: dict[str, Any] = {
+        "top1": top1, "epochs": args.epochs, "seed": args.seed, "images": data.name, "precision": args.precision,
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }  # fmt: skip
+    save_weights(model, args.out / f"{name}.safetensors", {"planish": json.dumps(card)})
+    print(name, card, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", default=NAMES, choices=NAMES)
+    parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="the folder with the images")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the networks")
+    parser.add_argument("--epochs", type=int, default=24)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--precision", default="bf16", help="of the training: no or bf16")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for name in args.networks:
+        if not (args.out / f"{name}.safetensors").exists():
+            train(name, args)
+
+
+if __name__ == "__main__":
+    main()
