@@ -85,6 +85,8 @@ class Scheme:
         weights: format of the weights.
         activations: format of layer inputs and attention operands; None leaves activations in float.
         edge_bits: width of the first and the last layer (weights and inputs); None: the same as the rest.
+        heads: give the softmax output of each head a scale of its own, where activations have one for a tensor. What
+            sums over heads comes later, so integer kernels can do it.
         overrides: products with widths of their own, as pairs of the product's exact name and a notation, such as
             ("head.linear", "w3a8") for a product with a weight ("w3": its input stays in float) or "a4" for one of two
             activations. They go before everything else, the bits of the first and last layer included.
@@ -98,6 +100,7 @@ class Scheme:
     activations: Format | None = None
     edge_bits: int | None = 8
     overrides: tuple[tuple[str, str], ...] = ()
+    heads: bool = False
 
     def __post_init__(self) -> None:
         bits = self.edge_bits
@@ -123,6 +126,8 @@ class Scheme:
     def describe(self) -> str:
         """One line for the protocol card."""
         activations = "float" if self.activations is None else self.activations.describe()
+        if self.heads and self.activations is not None:
+            activations += ", a scale for each head's softmax"
         edge = "as the rest" if self.edge_bits is None else f"{self.edge_bits} bits"
         line = f"{self.name}: weights {self.weights.describe()}; activations {activations}; first and last layer {edge}"
         alike: dict[str, list[str]] = {}

@@ -65,9 +65,9 @@ class _Level:
     due: bool = False  # to be measured at the next step that allows it
 
     @property
-    def by_token(self) -> bool:
-        """Whether each token has a scale."""
-        return self.recorder.format.granularity == "token"
+    def several(self) -> bool:
+        """Whether there are several scales, as for tokens or heads."""
+        return self.recorder.format.granularity != "tensor"
 
     def take(self, sigma: float) -> None:
         low, high = self.recorder.limits()
@@ -296,29 +296,33 @@ class ActivationNoise(Ingredient):
     def sample(self, x: Tensor, tap: NoiseTap) -> Tensor:
         """What a recorder looks at of ``x``: of several processes each has its part of a sample of the whole batch.
 
-        With a scale for each token a sample is the process's own; a weight that is made from parameters is looked at
+        With several scales a sample is the process's own; a weight that is made from parameters is looked at
         whole and is the same everywhere.
         """
         if tap.whole:
             return x.detach()
-        if self.accelerator.num_processes == 1 or tap.level.by_token:
+        if self.accelerator.num_processes == 1 or tap.level.several:
             return sample_activation(x)
         return part_of_sample(x, self.counts, self.accelerator.process_index)
 
     def take_in(self, samples: Sequence[tuple[_Level, Tensor]]) -> None:
         """Refresh recorders with samples of all processes."""
-        joined = iter(gather_samples([s for level, s in samples if not level.by_token], self.accelerator))
+        joined = iter(gather_samples([s for level, s in samples if not level.several], self.accelerator))
         for level, sample in samples:
-            self.refresh(level, sample if level.by_token else next(joined))
+            self.refresh(level, sample if level.several else next(joined), own=level.several)
 
-    def refresh(self, level: _Level, seen: Tensor) -> None:
-        """Refresh a recorder, and the plain numbers that the hot path reads."""
+    def refresh(self, level: _Level, seen: Tensor, *, own: bool = False) -> None:
+        """Refresh a recorder, and the plain numbers that the hot path reads.
+
+        Args:
+            own: what is seen is this process's own, to be averaged afterwards.
+        """
         bad = not torch.isfinite(seen).all()
         # what all processes see alike they judge alike; of its own sample one would leave the others waiting
-        if any_process(bad, self.accelerator) if level.by_token else bad:
+        if any_process(bad, self.accelerator) if own else bad:
             return  # the loss will say so
         level.recorder.measure(seen)
-        if level.by_token:
+        if own and self.accelerator.num_processes > 1:
             level.recorder.reduce(self.accelerator)
         size = level.recorder.step / 12**0.5 if self.kind == "uniform" else level.recorder.deviation
         level.take(self.gain * size.mean().item())

@@ -65,15 +65,21 @@ def _weight_format(site: Site, weights: Format) -> Format:
     return weights
 
 
-def _activation_format(product: Product, site: Site, activations: Format | None, batch: int) -> Format | None:
-    """A scale for each token, where dimension -2 holds tokens; elsewhere one scale.
+def _activation_format(product: Product, site: Site, scheme: Scheme, batch: int) -> Format | None:
+    """One scale, or a scale for each token or head.
 
-    It holds the rows of an image in a convolution's input, the batch in a pooled feature and in a sequence-first layer
-    (PyTorch's multi-head attention is one), and features in a key, which its product takes transposed. A dimension
-    as long as the batch is taken for the batch. A key that the model transposes itself, for a plain ``matmul``, cannot
-    be told from a value: its rows get scales of their own.
+    Tokens are in dimension -2 where nothing else is: it holds the rows of an image in a convolution's input, the batch
+    in a pooled feature and in a sequence-first layer (PyTorch's multi-head attention is one), and features in a key,
+    which its product takes transposed. A dimension as long as the batch is taken for the batch. A key that the model
+    transposes itself, for a plain ``matmul``, cannot be told from a value: its rows get scales of their own. Heads are
+    those of a softmax output, where the scheme asks for it.
     """
-    if activations is None or activations.granularity != "token":
+    activations = scheme.activations
+    if activations is None:
+        return None
+    if scheme.heads and activations.granularity == "tensor" and not site.is_weight and site.channel_axis is not None:
+        return replace(activations, granularity="channel")
+    if activations.granularity != "token":
         return activations
     rows = len(site.shape) > 2 and site.shape[-2] != batch
     tokens = rows and not product.operator.startswith("conv") and not site.slot.endswith("_key")
@@ -147,5 +153,5 @@ def assign(watched: Watched, scheme: Scheme | str, *, allow: Iterable[str] = ())
             if site.is_weight:
                 formats[site.name] = _weight_format(site, chosen.weights)
             else:
-                formats[site.name] = _activation_format(product, site, chosen.activations, watched.batch)
+                formats[site.name] = _activation_format(product, site, chosen, watched.batch)
     return Assignment(scheme, tuple(watched.products), formats, tuple(allowed))

@@ -46,7 +46,7 @@ class Site:
     slot: str  # key of the tap in that module
     role: str  # "weight", "input" (of a layer with a weight) or "operand" (of a product without one)
     shape: tuple[int, ...]
-    channel_axis: int | None = None  # output channels of a weight
+    channel_axis: int | None = None  # output channels of a weight, heads of an attention's probabilities
     parameter: bool = False  # the tensor is the owner's parameter called `slot`
 
     @property
@@ -137,6 +137,8 @@ class _Recorder(ProductMode):
         for i, (name, tensor) in enumerate(call.operands.items()):
             shape, is_weight = tuple(tensor.shape), weights[i]
             axis = axes[i] if is_weight and len(shape) > 1 else None
+            if key.startswith("attention_av") and name == "probabilities" and len(shape) > 3:
+                axis = len(shape) - 3
             held = self.parameters.get(id(tensor)) if is_weight else None
             if held is not None:
                 yield Site(_join(*held), *held, "weight", shape, axis, True)

@@ -1,11 +1,13 @@
 """Post-training quantization: passes, the methods that are lists of them, and ``quantize``."""
 
+from planish.ptq.heads import ScaleHeads
 from planish.ptq.methods import METHODS, Method, get_method, with_settings
 from planish.ptq.passes import Calibration, Pass
 from planish.ptq.quantize import quantize
 from planish.ptq.reconstruction import Reconstruct
 from planish.ptq.refine import RefineRanges
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
+from planish.ptq.splitting import SplitOutliers
 
 __all__ = [
     "METHODS",
@@ -17,6 +19,8 @@ __all__ = [
     "Reconstruct",
     "RefineRanges",
     "Round",
+    "ScaleHeads",
+    "SplitOutliers",
     "get_method",
     "quantize",
     "with_settings",

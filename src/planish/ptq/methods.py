@@ -11,6 +11,7 @@ from planish.ptq.bias import CorrectBias
 from planish.ptq.compensation import BlockCompensation
 from planish.ptq.equalize import Equalize
 from planish.ptq.gptq import GPTQ
+from planish.ptq.heads import ScaleHeads
 from planish.ptq.norm_tuning import PrepareNorms, TuneNorms
 from planish.ptq.passes import Pass
 from planish.ptq.reconstruction import Reconstruct
@@ -20,6 +21,7 @@ from planish.ptq.repq import RepQ
 from planish.ptq.ridge import RidgeCorrection
 from planish.ptq.rotate import Rotate
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
+from planish.ptq.splitting import SplitOutliers
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,12 @@ METHODS = {
             "rtn with ranges per channel after LayerNorm, folded into it and the next layers",
             "Li et al. 2023, arXiv 2212.08254",
             lambda: [RepQ(), FoldBatchNorm(), Calibrate(), Round()],
+        ),
+        Method(
+            "outliers",
+            "gptq on a rotated network, with a scale for each head's softmax and towering hidden channels split",
+            "docs/methods.md; Zhao et al. 2019, arXiv 1901.09504",
+            lambda: [Rotate(), ScaleHeads(), SplitOutliers(), FoldBatchNorm(), Calibrate(), GPTQ()],
         ),
         Method(
             "relu",

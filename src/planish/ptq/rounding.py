@@ -61,7 +61,7 @@ class Watcher(RunningRange):
     """A running range whose errors say at which site they occurred."""
 
     def __init__(self, site: Site, fmt: Format) -> None:
-        super().__init__(fmt)
+        super().__init__(fmt, channel_axis=site.channel_axis or 0)
         self.site = site
 
     def observe(self, x: torch.Tensor) -> None:
@@ -73,7 +73,7 @@ class Watcher(RunningRange):
 
 def named_quantizer(site: Site, fmt: Format, watcher: nn.Module) -> UniformQuantizer:
     assert isinstance(watcher, RunningRange)
-    tap = UniformQuantizer(fmt)
+    tap = UniformQuantizer(fmt, channel_axis=site.channel_axis or 0)
     try:
         tap.grid = watcher.grid()
     except PlanishError as error:

@@ -108,7 +108,7 @@ class UnitLearning:
             if old is None:
                 continue
             if not site.is_weight:
-                quantizer = LearnedQuantizer(old.format, per_image=True)
+                quantizer = LearnedQuantizer(old.format, channel_axis=site.channel_axis or 0, per_image=True)
                 quantizer.initialize(torch.empty(0), old.grid)
                 tap = DroppingTap(quantizer.to(self.device), self.coin)
                 self.activations[site.name] = site, tap
@@ -228,7 +228,7 @@ class UnitLearning:
                 site, old = sites[name], self.given[name]
                 if f"{name}/value" in outcome:
                     self._parameter(site).copy_(outcome[f"{name}/value"])
-                tap = UniformQuantizer(old.format, channel_axis=(site.channel_axis or 0) if site.is_weight else 0)
+                tap = UniformQuantizer(old.format, channel_axis=site.channel_axis or 0)
                 tap.load_state_dict({key: outcome[f"{name}/{key}"] for key in ("scale", "zero_point")})
                 replace_tap(self.model, site, tap.to(self.device))
             torch.set_rng_state(outcome[_RANDOM])

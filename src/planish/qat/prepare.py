@@ -53,7 +53,7 @@ ACTIVATIONS: dict[str, Make] = {
     "shifted": lambda fmt, site, method: ShiftedLearnedQuantizer(
         fmt, init=method.init, per_image=True, pull=method.pull, feature_axis=_feature_axis(site)
     ),
-    "fixed": lambda fmt, site, method: FixedQuantizer(fmt),
+    "fixed": lambda fmt, site, method: FixedQuantizer(fmt, channel_axis=site.channel_axis or 0),
 }
 
 

@@ -30,10 +30,16 @@ class Activations:
             shift = (-128 if grid.qmax > 127 else 0) if signed else -grid.qmin
             kind = np.int8 if signed else np.uint8
             dtype = ir.DataType.INT8 if signed else ir.DataType.UINT8
-            scale = editor.constant(grid.scale.reshape(()), f"{site}.scale")
-            zero = editor.constant((grid.zero_point.reshape(()) + shift).astype(kind), f"{site}.zero_point")
-            inputs = [node.inputs[0], scale, zero]
-            value = editor.node(node, "QuantizeLinear", inputs, name=f"{site}.quantize", like=like, dtype=dtype)
+            heads = grid.scale.size > 1  # with one level for zero, which is all that a product asks for
+            scale = editor.constant(grid.scale.reshape(-1 if heads else ()), f"{site}.scale")
+            level = (grid.zero_point.reshape(-1)[0] + shift).astype(kind)
+            zero = editor.constant(level, f"{site}.zero_point")
+            levels = editor.constant(np.full(grid.scale.size, level, kind), f"{site}.zero_points") if heads else zero
+            inputs = [node.inputs[0], scale, levels]
+            value = editor.node(
+                node, "QuantizeLinear", inputs, name=f"{site}.quantize", like=like, dtype=dtype,
+                attributes={"axis": grid.axis} if heads else {},
+            )  # fmt: skip
             ends = (grid.low + shift, grid.high + shift)
             if ends != (np.iinfo(kind).min, np.iinfo(kind).max):
                 limits = [editor.constant(np.array(end, dtype=kind), f"{site}.limit") for end in ends]

@@ -23,7 +23,7 @@ from planish.deploy.onnx.edit import Editor, attribute, constant, only_user
 from planish.deploy.onnx.graph import NODE
 from planish.deploy.onnx.grids import read_grid
 from planish.deploy.onnx.matching import match
-from planish.deploy.onnx.operands import KEPT, Operand, obstacle, operand_of, usable
+from planish.deploy.onnx.operands import KEPT, Operand, obstacle, operand_of, per_head, usable
 from planish.deploy.onnx.outputs import is_own
 from planish.deploy.onnx.tidy import quantizers
 from planish.deploy.onnx.weights import WeightCodes, weight_values
@@ -131,7 +131,7 @@ class Lowering:
             self.forms.append(Form(name, "float", why))
         elif node.op_type == "Conv":
             self.forms.append(self._conv(node, name, left, right))
-        elif self._spelled_out(node, right):
+        elif self._spelled_out(node, right) or per_head(node, left, right):
             self.forms.append(self._matmul_to_integers(node, name, left, right))
         else:
             self.forms.append(self._matmul(node, name, left, right))
@@ -170,7 +170,7 @@ class Lowering:
             scale = _unit(left, right.weight, -1)
         else:
             others, middle = self.activations.moved(node, right, signed=True)
-            scale = (left.grid.scale.reshape(()) * right.grid.scale.reshape(())).astype(np.float32)
+            scale = (left.grid.scale * right.grid.scale.reshape(())).astype(np.float32)
         inputs = [codes, others, zero, middle]
         sums = self.editor.node(node, "MatMulInteger", inputs, name=name, like=node.outputs[0], dtype=ir.DataType.INT32)
         self._scaled(node, name, sums, scale)

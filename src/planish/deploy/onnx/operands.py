@@ -65,10 +65,23 @@ def usable(grid: NodeGrid) -> bool:
     return grid.per_tensor and grid.qmax - grid.qmin <= 255 and grid.qmin <= float(grid.zero_point.item()) <= grid.qmax
 
 
+def per_head(node: ir.Node, left: Operand | None, right: Operand | None) -> bool:
+    """Whether the first of two activations has a scale for each head: every head is a product of its own, scaled at
+    the end."""
+    if node.op_type != "MatMul" or left is None or right is None or left.weight or right.weight or left.moves:
+        return False
+    grid = left.grid
+    alone = grid.scale.ndim > 2 and grid.scale.size == grid.scale.shape[-3] > 1  # nothing differs along the sum
+    level = np.unique(grid.zero_point)
+    return alone and not grid.offset and len(level) == 1 and grid.qmin <= level[0] <= grid.qmax and usable(right.grid)
+
+
 def obstacle(node: ir.Node, left: Operand | None, right: Operand | None) -> str:
     """Why a product cannot run on integers; empty if it can."""
     if left is None or right is None:
         return f"its {'first' if left is None else 'second'} operand is not quantized next to it"
+    if per_head(node, left, right):
+        return ""
     for operand in (left, right):
         grid, weight = operand.grid, operand.weight
         if weight is None and not usable(grid):

@@ -19,8 +19,11 @@ def write_plan(plan: Assignment) -> dict[str, Any]:
     """The plan as plain values."""
     formats = list(dict.fromkeys(fmt for fmt in plan.formats.values() if fmt is not None))
     inside = {product.name for product in plan.products}
+    scheme = asdict(plan.scheme)
+    if not plan.scheme.heads:  # as files were before it was there
+        del scheme["heads"]
     return {
-        "scheme": asdict(plan.scheme), "formats": [asdict(fmt) for fmt in formats],
+        "scheme": scheme, "formats": [asdict(fmt) for fmt in formats],
         "products": [_product_to_dict(product, plan, formats) for product in plan.products],
         "allowed": [product.name for product in plan.allowed if product.name in inside],
         "unreachable": [
@@ -85,8 +88,8 @@ def _scheme(values: dict[str, Any]) -> Scheme:
 
     nothing = type(None)
     types = {"name": str, "weights": dict, "activations": (dict, nothing), "edge_bits": (int, nothing),
-             "overrides": list}  # fmt: skip
-    return make(scheme, values, types, "a scheme")
+             "overrides": list, "heads": bool}  # fmt: skip
+    return make(scheme, {"heads": False, **values}, types, "a scheme")
 
 
 def _product(value: Any, formats: list[Format], chosen: dict[str, Format | None]) -> Product:
