@@ -217,3 +217,18 @@ def test_tokens_keep_scales_of_their_own_at_other_widths():
     formats = assign(watch(model, first_image(example)), scheme).formats
     assert (formats["blocks.0.mlp.fc1.input"].bits, formats["blocks.0.mlp.fc1.input"].granularity) == (6, "token")
     assert (formats["head.input"].bits, formats["head.input"].granularity) == (6, "tensor")
+
+
+def test_heads_have_scales_of_their_own_if_the_scheme_says_so():
+    model, example = build("vit_gray_28")
+    watched = watch(model, first_image(example))
+    formats = assign(watched, replace(Scheme.parse("w4a4"), heads=True)).formats
+    own = {name for name, fmt in formats.items() if fmt.granularity == "channel" and not name.endswith("weight")}
+    assert own == {name for name in formats if name.endswith("attention_av_probabilities")}
+    assert own
+    axes = {site.channel_axis for site in watched.sites if site.name in own}
+    assert axes == {1}
+    assert "tensor" in {fmt.granularity for name, fmt in formats.items() if name.endswith("_query")}
+    assert not [
+        name for name, fmt in assign(watched, "w4a4").formats.items() if name in own and fmt.granularity != "tensor"
+    ]

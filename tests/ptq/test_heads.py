@@ -109,7 +109,7 @@ def test_reconstruction_and_training_learn_a_step_for_each_head():
     assert dict(taps_of(rebuilt))[SITE.format(1)].scale.shape == (1, 2, 1, 1)
     batches = [(X, torch.arange(6) % 4)] * 2
     settings = QATSettings(training=TrainingSettings(epochs=1))
-    trained = train_quantized(rebuilt, batches, rebuilt.planish_assignment.scheme, "lsq", settings=settings)
+    trained = train_quantized(rebuilt, batches, "w4a4", "lsq", settings=settings)
     assert dict(taps_of(trained))[SITE.format(1)].scale.shape == (1, 2, 1, 1)
 
 

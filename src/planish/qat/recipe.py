@@ -131,7 +131,7 @@ def _plan(student: nn.Module, method: Method, scheme: Scheme | str, batch: Any, 
     scheme = method.adapt(Scheme.parse(scheme))
     known: Assignment | None = getattr(student, "planish_assignment", None)
     if known is not None:
-        if known.scheme != scheme:
+        if replace(known.scheme, heads=scheme.heads) != scheme:  # which no notation says: the model's own
             raise PlanishError(
                 f"the model is quantized already, by {known.scheme.describe()}; {method.name} would train it by "
                 f"{scheme.describe()}: quantize it with that scheme, or start from the network in float"

@@ -222,6 +222,21 @@ def test_product_of_two_activations(low, high, zero):
     assert lowered.lowering.forms[0].name == "attn.matmul"
 
 
+@pytest.mark.parametrize(("zero", "integer"), [(0, True), (6, True), ((0, 6, 0), False), (40, False)])
+def test_product_of_two_activations_with_a_scale_for_each_head(zero, integer):
+    build, x = Build(["n", 3, 5, 8]), images(2, 3, 5, 8)
+    steps = some_scales(3).reshape(1, 3, 1, 1)
+    zeros = np.broadcast_to(np.float32(zero).reshape(1, -1, 1, 1), steps.shape)
+    left = build.quantize("images", steps, zeros, granularity="channel", axis=1, site="attn.matmul_left")
+    right = build.quantize(build.node("Neg", "images"), 0.3, 7, site="attn.matmul_right")
+    right = build.node("Transpose", right, perm=[0, 1, 3, 2], shape=["n", 3, 8, 5])
+    lowered = Lowered(build.model(build.node("MatMul", left, right, shape=["n", 3, 5, 5])))
+    a, b = grid(x, steps, zeros, 0, 15), grid(-x, 0.3, 7, 0, 15)
+    np.testing.assert_allclose(lowered(x), a @ b.transpose(-1, -2), rtol=3e-6, atol=1e-5)
+    assert lowered.kernels["MatMulInteger"] == integer
+    assert [("grid per channel" in why) for why in lowered.reasons] == ([] if integer else [True])
+
+
 def test_pooling_and_moves_between_the_quantizer_and_its_product():
     build, x, w = Build(["n", 2, 8, 8]), images(3, 2, 8, 8), images(5, 32, seed=2)
     q = build.quantize("images", 0.3, 7)
