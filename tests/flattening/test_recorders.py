@@ -1,9 +1,10 @@
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
 
-from planish.flattening.recorders import CANDIDATES, SAMPLE, ErrorRecorder, sample_activation
+from planish.flattening.recorders import CANDIDATES, SAMPLE, ErrorRecorder, part_of_sample, sample_activation
 from planish.functional import fake_quantize
 from planish.quantizers import fit_grid
 from planish.quantizers.ranges import SMALLEST
@@ -94,6 +95,23 @@ def test_range_stays_where_it_is_best():
     recorder = ErrorRecorder(Format(4))
     scales = settle(recorder, [torch.randn(16_000) for _ in range(60)])
     assert max(scales) / min(scales) < 1.08
+
+
+@pytest.mark.parametrize("counts", [(8,), (4, 4), (3, 2, 2, 1), (1, 0, 5)])
+@pytest.mark.parametrize("windows", [1, 4])
+def test_the_parts_of_a_sample_are_those_of_the_whole_batch(counts, windows):
+    whole = torch.arange(sum(counts) * windows * 3000.0).view(-1, 3000)
+    ends = [windows * sum(counts[:rank]) for rank in range(len(counts) + 1)]
+    parts = [
+        # a process without images computes one that does not count
+        part_of_sample(whole[start:stop] if stop > start else whole[:windows], counts, rank)
+        for rank, (start, stop) in enumerate(pairwise(ends))
+    ]
+    assert torch.equal(torch.cat(parts), sample_activation(whole).flatten())
+
+
+def test_a_first_dimension_that_is_not_of_images_has_a_sample_too():
+    assert len(part_of_sample(torch.randn(5, 8, 3), (8, 8), 0)) == 5 * 8 * 3
 
 
 @pytest.mark.parametrize("shape", [(6, 5, 4), (6, 30)])

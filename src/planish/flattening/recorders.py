@@ -172,6 +172,8 @@ def part_of_sample(x: Tensor, counts: Sequence[int], rank: int) -> Tensor:
         x: the activations of this process's images.
         counts: how many images each process has.
     """
+    if x.shape[0] % max(1, counts[rank]):  # the first dimension is not that of images
+        return sample_activation(x, SAMPLE // len(counts)).float().flatten()
     rows = x.shape[0] // max(1, counts[rank])  # of an image: windows of an attention are rows of their own
     taken = spread(rows * sum(counts), x[0].numel())
     begin, end = (rows * sum(counts[:r]) for r in (rank, rank + 1))
