@@ -79,6 +79,27 @@ def test_a_second_signal_stops_at_once(zygote, options, tmp_path):
         signal.signal(signal.SIGINT, before)
 
 
+def test_a_signal_in_a_destructor_is_remembered(monkeypatch):
+    """Python drops what a destructor raises, and prints it with a traceback."""
+    from planish.recipes.session import stoppable
+
+    heard = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: heard.append(dropped.exc_type))
+
+    class Dies:
+        def __init__(self, last):
+            self.last = last
+
+        def __del__(self):
+            self.last()
+
+    with stoppable() as stop:
+        Dies(lambda: signal.raise_signal(signal.SIGTERM))
+        assert stop()
+        Dies(lambda: 1 / 0)
+    assert heard == [ZeroDivisionError]
+
+
 @pytest.mark.parametrize(("library", "number"), [("rich", signal.SIGTERM), ("torch", signal.SIGINT)])
 def test_a_signal_during_the_imports(options, tmp_path, library, number):
     (tmp_path / "sitecustomize.py").write_text(

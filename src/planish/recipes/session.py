@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,11 @@ def stoppable() -> Iterator[StopFlag]:
         if os.getpid() == owner:  # loader processes inherit the handler; what they do is for this process to say
             flag.receive()
 
+    def unraisable(dropped: Any) -> None:
+        if dropped.exc_type is not KeyboardInterrupt:  # that of a signal in a destructor; the flag knows of it
+            told(dropped)
+
+    told, sys.unraisablehook = sys.unraisablehook, unraisable
     before = {number: signal.getsignal(number) for number in SIGNALS}
     for number, old in before.items():
         if old is not signal.SIG_IGN:  # in the background of a script, or under nohup
@@ -103,5 +109,6 @@ def stoppable() -> Iterator[StopFlag]:
         flag.check()  # Ctrl-C reaches the loader's processes, too, and one of them was faster
         raise
     finally:
+        sys.unraisablehook = told
         for number, old in before.items():
             signal.signal(number, old)
