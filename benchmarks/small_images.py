@@ -15,6 +15,7 @@ import io
 import itertools
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,9 +117,7 @@ def train(name: str, args: argparse.Namespace) -> None:
     build, settings = NETWORKS[network]
     model = build(len(data.classes))
     loader = make_loader(data.train, 128, shuffle=True, seed=args.seed, augment=True, drop_last=True)
-    settings = TrainingSettings(
-        **{**settings.__dict__, "epochs": args.epochs, "seed": args.seed, "mixed_precision": args.precision}
-    )
+    settings = replace(settings, epochs=args.epochs, seed=args.seed, mixed_precision=args.precision)
     began = time.perf_counter()
 
     def progress(step: int, steps: int, loss: float) -> None:

@@ -1,31 +1,25 @@
 """A scale for each head: the grids, and the same answers from the file, the integers and ONNX Runtime."""
 
-import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from planish.deploy.checkpoint import load, save
-from planish.deploy.integers import integer_model, integer_report
-from planish.deploy.onnx.export import export
 from planish.deploy.onnx.runtime import FLOAT
 from planish.errors import PlanishError
 from planish.functional import fake_quantize
-from planish.models import Preprocessing
-from planish.network import assign, attach, ledger, taps_of, watch
-from planish.ptq import Calibrate, Round, quantize
-from planish.ptq.heads import ScaleHeads
-from planish.ptq.passes import Calibration, run_logits
+from planish.network import ledger, taps_of, watch
+from planish.ptq import Calibrate, Round, ScaleHeads, quantize
 from planish.ptq.reconstruction import Reconstruct
+from planish.ptq.rounding import catch
 from planish.qat import QATSettings, train_quantized
 from planish.quantizers import fit_grid
 from planish.scheme import Scheme
 from planish.training import TrainingSettings
-from tests.ptq.test_repq import ARGUMENTS, X, vit
+from tests.ptq.answers import same_answers
+from tests.ptq.test_repq import X, vit
 
-RECIPE = {"source": "timm", "architecture": "vit_tiny_patch16_224", "arguments": ARGUMENTS}
-LOOK = Preprocessing((1, 16, 16), (0.5,), (0.5,), crop_pct=1.0)
 SITE = "blocks.{}.attn.attention_av_probabilities"
 
 
@@ -43,27 +37,17 @@ def quantized():
     return quantize(uneven(), [X], "w4a4", [ScaleHeads(), Calibrate(), Round()])
 
 
-def probabilities(model, block=0):
-    """Of the network in float."""
-    seen = {}
-    plan = assign(watch(copy.deepcopy(model), X[:1]), "w4a4")
-    work = Calibration(copy.deepcopy(model), [X], plan, run_logits(model, [X]))
-
-    class Keep(nn.Module):
-        def forward(self, x):
-            seen["x"] = x
-            return x
-
-    attach(work.model, plan.products, lambda site: Keep() if site.name == SITE.format(block) else None)
-    work.model(X)
-    return seen["x"]
+def probabilities(model):
+    """Of the first block of the network in float."""
+    (found,) = catch(model, watch(model, X[:1]).products, [SITE.format(0)], X).values()
+    return found
 
 
 def test_each_head_has_the_grid_of_its_own_values(quantized):
     taps = dict(taps_of(quantized))
     x = probabilities(uneven())
-    for name, tap in taps.items():
-        assert tap.scale.shape == ((1, 2, 1, 1) if name.endswith("_probabilities") else tap.scale.shape)
+    apart = {name for name, tap in taps.items() if tap.scale.shape == (1, 2, 1, 1)}
+    assert apart == {name for name in taps if name.endswith("_probabilities")}
     tap = taps[SITE.format(0)]
     for head in (0, 1):
         alone = fit_grid(x[:, head], Scheme.parse("w4a4").activations)
@@ -81,26 +65,12 @@ def test_the_error_of_the_rows_is_less_than_with_one_scale(quantized):
     assert (apart(x) - x).square().sum() < 0.7 * (fake_quantize(x, one) - x).square().sum()
 
 
-def test_integers_and_the_file_give_the_same_answers(quantized, tmp_path):
-    with torch.no_grad():
-        expected = quantized(X)
-        integers = integer_model(quantized)
-        torch.testing.assert_close(integers(X), expected, rtol=1e-4, atol=1e-4)
-    assert not integer_report(integers).in_float
-    save(quantized, tmp_path / "heads.safetensors", recipe=RECIPE, preprocessing=LOOK)
-    again = load(tmp_path / "heads.safetensors")
-    with torch.no_grad():
-        assert torch.equal(again(X), expected)
-    assert again.planish_assignment.scheme.heads
-
-
-def test_onnx_runtime_computes_every_product_in_integers(quantized, tmp_path):
-    exported = export(quantized, tmp_path / "heads.onnx", images=[X], preprocessing=LOOK)
-    assert not exported.in_float
+def test_every_file_gives_the_same_answers(quantized, tmp_path):
+    loaded, exported = same_answers(quantized, tmp_path)
+    assert loaded.planish_assignment.scheme.heads
     assert not {kernel for kernel in exported.kernels if kernel in FLOAT}
     products = {form.name: form.kernel for form in exported.forms}
     assert products["blocks.0.attn.attention_av"] == "MatMulInteger"
-    assert exported.agreement.largest < 1e-4
 
 
 def test_reconstruction_and_training_learn_a_step_for_each_head():
@@ -130,9 +100,4 @@ def test_it_comes_before_the_ranges():
 
 
 def test_the_scheme_says_it():
-    assert "a scale for each head's softmax" in Scheme("w4a4", *_formats(), heads=True).describe()
-
-
-def _formats():
-    scheme = Scheme.parse("w4a4")
-    return scheme.weights, scheme.activations
+    assert "a scale for each head's softmax" in replace(Scheme.parse("w4a4"), heads=True).describe()

@@ -6,20 +6,15 @@ import pytest
 import torch
 from torch import nn
 
-from planish.deploy.checkpoint import load, save
-from planish.deploy.integers import integer_model, integer_report
-from planish.deploy.onnx.export import export
 from planish.errors import PlanishError
-from planish.models import Preprocessing
 from planish.network import taps_of
-from planish.ptq import Calibrate, Round, quantize
+from planish.ptq import Calibrate, Round, SplitOutliers, quantize
 from planish.ptq.passes import run_logits
 from planish.ptq.rotate import Rotate
-from planish.ptq.splitting import MOST, Parts, SplitOutliers, put_parts
-from tests.ptq.test_repq import ARGUMENTS, X, vit, work_on
+from planish.ptq.splitting import MOST, Parts, put_parts
+from tests.ptq.answers import same_answers
+from tests.ptq.test_repq import X, vit, work_on
 
-LOOK = Preprocessing((1, 16, 16), (0.5,), (0.5,), crop_pct=1.0)
-RECIPE = {"source": "timm", "architecture": "vit_tiny_patch16_224", "arguments": ARGUMENTS}
 PASSES = [SplitOutliers(), Calibrate(), Round()]
 
 
@@ -74,18 +69,7 @@ def test_rounding_hurts_less():
 
 
 def test_every_file_gives_the_same_answers(tmp_path):
-    quantized = quantize(towering(), [X], "w4a4", PASSES)
-    with torch.no_grad():
-        expected = quantized(X)
-        integers = integer_model(quantized)
-        torch.testing.assert_close(integers(X), expected, rtol=1e-4, atol=1e-4)
-    assert not integer_report(integers).in_float
-    save(quantized, tmp_path / "q.safetensors", recipe=RECIPE, preprocessing=LOOK)
-    with torch.no_grad():
-        assert torch.equal(load(tmp_path / "q.safetensors")(X), expected)
-    exported = export(quantized, tmp_path / "q.onnx", images=[X], preprocessing=LOOK)
-    assert not exported.in_float
-    assert exported.agreement.largest < 1e-4
+    same_answers(quantize(towering(), [X], "w4a4", PASSES), tmp_path)
 
 
 def test_nothing_stands_out():

@@ -15,6 +15,7 @@ HARDER = {
     "cifar10-resnet20": "ResNet-20 on CIFAR-10 (JPEG)",
     "tin100-resnet20": "ResNet-20 on Tiny-ImageNet-100, 32 px",
 }
+TITLES = NETWORKS | HARDER
 SAME_AS = {"best-qat": "mec"}  # a name for another method with its default options
 NOT_MEASURED = "Not measured: no benchmark of the repository has figures of it on test images."
 GRIDS = (
@@ -68,7 +69,7 @@ def qat(name: str, root: Path) -> str:
     name = SAME_AS.get(name, name)
     methods = [row for row in rows if row["suite"] == "methods" and row["start"] == "given" and not row["options"]]
     parts, harder = [], ""
-    for network, title in (NETWORKS | HARDER).items():
+    for network, title in TITLES.items():
         mine = _of(methods, network=network, arm=name)
         if not mine:
             parts += [] if network in HARDER else [f"Not measured on the {title}."]
@@ -191,7 +192,7 @@ def _beside(network: str, arms: Mapping[str, Rows], clock: str) -> str:
         if other != first:
             signed.append(f"{first} - {other}")
             shown.append((signed[-1], less(found[first], found[other]), ""))
-    return table(f"{(NETWORKS | HARDER)[network]} (float {100 * float(fp):.2f})", shown, "seconds", signed)
+    return table(f"{TITLES[network]} (float {100 * float(fp):.2f})", shown, "seconds", signed)
 
 
 def _median(rows: Rows, clock: str) -> str:

@@ -28,8 +28,7 @@ class MLP:
 def put_relu(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Exchange the modules at ``paths`` for ReLUs, in place; returns the paths."""
     for path in paths:
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, nn.ReLU())
+        model.set_submodule(path, nn.ReLU())
     return list(paths)
 
 

@@ -88,7 +88,6 @@ def reparameterize_query_key(model: nn.Module) -> list[str]:
         plain = all(isinstance(norm, nn.Identity) for norm in (module.q_norm, module.k_norm))
         if not plain or getattr(module, "gate", None) is not None:
             continue
-        parent, _, name = path.rpartition(".")
-        setattr(model.get_submodule(parent), name, QueryKeyAttention(module))
+        model.set_submodule(path, QueryKeyAttention(module))
         rebuilt.append(path)
     return rebuilt

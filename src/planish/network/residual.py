@@ -109,8 +109,7 @@ def plain_norms(model: nn.Module, norms: Sequence[str], scales: Sequence[str] = 
 
 
 def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module.train(model.get_submodule(path).training))
+    model.set_submodule(path, module.train(model.get_submodule(path).training))
 
 
 def _write(layer: Any, matrix: Tensor) -> None:

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.network import Product, Site, attach, detach
-from planish.network.batches import call_model
+from planish.network import Product, Site, detach
+from planish.ptq.passes import watch_sites
 from planish.ptq.rounding import Watcher, catch, named_quantizer
 from planish.quantizers import UniformQuantizer
 from planish.scheme import Format
@@ -37,10 +37,9 @@ def watch_grids(
     watched = {name for name, site in sites.items() if not site.is_weight}
     watchers: dict[str, nn.Module] = {}
     if watched:
-        watchers = attach(model, products, lambda s: Watcher(s, formats[s.name]) if s.name in watched else None)
-        for batch in batches:
-            call_model(model, batch)
-        detach(model)
+        watchers = watch_sites(
+            model, products, batches, lambda s: Watcher(s, formats[s.name]) if s.name in watched else None
+        )
 
     def fit(site: Site, fmt: Format) -> UniformQuantizer:
         if not site.is_weight:

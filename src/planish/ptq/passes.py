@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from planish.network import Assignment, assign, detach, watch
+from planish.network import Assignment, Product, Site, assign, attach, detach, watch
 from planish.network.batches import call_model, first_image, logits_of
 from planish.ptq.journal import Journal
 from planish.scheme import Scheme
@@ -70,6 +70,20 @@ def run_logits(model: nn.Module, batches: Sequence[Any]) -> list[Tensor]:
     """Logits of every batch, on the CPU."""
     model.eval()
     return [logits_of(call_model(model, batch)).float().cpu() for batch in batches]
+
+
+def watch_sites(
+    model: nn.Module, products: Sequence[Product], batches: Sequence[Any], make: Callable[[Site], nn.Module | None]
+) -> dict[str, nn.Module]:
+    """What ``make(site)`` gives, by site, after all batches have passed; taps are removed before and afterwards."""
+    watchers = attach(model, products, make)
+    model.eval()
+    try:
+        for batch in batches:
+            call_model(model, batch)
+    finally:
+        detach(model)
+    return watchers
 
 
 def measure(calibration: Calibration) -> dict[str, float]:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError
-from planish.network import Site, attach, detach
-from planish.network.batches import call_model
+from planish.network import Site
 from planish.network.norm_readers import find_norm_readers
 from planish.ptq.exactness import check_exact, few_images, require_float
-from planish.ptq.passes import Calibration
+from planish.ptq.passes import Calibration, watch_sites
 from planish.quantizers import RunningRange
 from planish.quantizers.ranges import fit_rows, grid_of_range
 from planish.scheme import Format
@@ -58,7 +57,7 @@ class RepQ:
     def __call__(self, calibration: Calibration) -> None:
         require_float(calibration, self.name)
         model, images = calibration.model, few_images(calibration.batches[0])
-        formats = _input_formats(calibration)
+        formats = input_formats(calibration)
         pairs = {}
         for norm, linears in find_norm_readers(model, images):
             quantized = [path for path in linears if path in formats]
@@ -99,19 +98,13 @@ def one_range(ranges: Ranges, fmt: Format) -> Fold:
 
 def channel_ranges(calibration: Calibration, sites: Sequence[Site]) -> dict[str, Ranges]:
     """A range for each channel (the last dimension) of the tensors at some sites, over all batches, by site."""
-    plan, model = calibration.assignment, calibration.model
+    plan = calibration.assignment
     formats = {site.name: replace(fmt, granularity="channel") for site in sites if (fmt := plan.formats[site.name])}
 
     def watcher(site: Site) -> nn.Module | None:
         return RunningRange(formats[site.name], channel_axis=-1) if site.name in formats else None
 
-    watchers: dict[str, Any] = attach(model, plan.products, watcher)
-    model.eval()
-    try:
-        for batch in calibration.batches:
-            call_model(model, batch)
-    finally:
-        detach(model)
+    watchers: dict[str, Any] = watch_sites(calibration.model, plan.products, calibration.batches, watcher)
     return {name: _ranges(watcher) for name, watcher in watchers.items()}
 
 
@@ -127,7 +120,7 @@ def _ranges(watched: RunningRange) -> Ranges:
     return Ranges(scale.double(), zero.double() - centre.double() / scale.double())
 
 
-def _input_formats(calibration: Calibration) -> dict[str, tuple[Site, Format]]:
+def input_formats(calibration: Calibration) -> dict[str, tuple[Site, Format]]:
     """By path of a linear layer: the site of its input and the format there, if it has one."""
     found = {}
     for product in calibration.assignment.products:

@@ -12,7 +12,7 @@ from planish.errors import PlanishError
 from planish.network import Product, Site, attach, fold_batchnorm
 from planish.network.batches import call_model
 from planish.network.taps import taps_of
-from planish.ptq.passes import Calibration
+from planish.ptq.passes import Calibration, watch_sites
 from planish.quantizers import RunningRange, UniformQuantizer
 from planish.scheme import Format
 
@@ -44,10 +44,7 @@ class Calibrate:
         def watcher(site: Site) -> nn.Module | None:
             return Watcher(site, formats[site.name]) if site.name in formats else None
 
-        watchers = attach(model, plan.products, watcher)
-        model.eval()
-        for batch in calibration.batches:
-            call_model(model, batch)
+        watchers = watch_sites(model, plan.products, calibration.batches, watcher)
 
         def quantizer(site: Site) -> nn.Module | None:
             if site.name not in formats:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError
-from planish.network import Site, attach, detach
-from planish.network.batches import call_model, first_image
+from planish.network.batches import first_image
 from planish.network.mlps import find_mlps
 from planish.network.rebuilding import rebuilder
 from planish.ptq.exactness import require_float
-from planish.ptq.passes import Calibration
+from planish.ptq.passes import Calibration, watch_sites
+from planish.ptq.repq import input_formats
 
 MOST = 64  # parts of one channel
 
@@ -59,14 +60,9 @@ def put_parts(model: nn.Module, places: Sequence[tuple[str, str, Sequence[tuple[
         if layer.bias is not None:
             wider.bias.copy_(layer.bias)
         wider.requires_grad_(layer.weight.requires_grad).train(layer.training)
-        _put(model, path, nn.Sequential(model.get_submodule(path), parts))
-        _put(model, reader, wider)
+        model.set_submodule(path, nn.Sequential(model.get_submodule(path), parts))
+        model.set_submodule(reader, wider)
     return [path for path, *_ in places]
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
-    setattr(model.get_submodule(parent), name, module)
 
 
 class _Largest(nn.Module):
@@ -112,12 +108,13 @@ class SplitOutliers:
         require_float(calibration, self.name)
         model, plan = calibration.model, calibration.assignment
         mlps = {mlp.second: mlp for mlp in find_mlps(model, first_image(calibration.batches[0]))}
-        sites = {
-            product.module: site for product in plan.products for site in product.sites
-            if product.module in mlps and site.role == "input" and plan.formats[site.name] is not None
-        }  # fmt: skip
-        largest = self._largest(calibration, list(sites.values()))
-        counts = {path: self.parts(largest[site.name]) for path, site in sites.items()}
+        sites = {path: site.name for path, (site, _) in input_formats(calibration).items() if path in mlps}
+        wanted = set(sites.values())
+        watchers: dict[str, Any] = watch_sites(
+            model, plan.products, calibration.batches, lambda site: _Largest() if site.name in wanted else None
+        )
+        largest = {path: watchers[name].value for path, name in sites.items()}
+        counts = {path: self.parts(values) for path, values in largest.items()}
         places = [(mlps[path].gelu, path, count) for path, count in counts.items() if count]
         if not put_parts(model, places):
             calibration.note(self.name, "no channel behind a GELU stands out")
@@ -134,15 +131,3 @@ class SplitOutliers:
             return []
         copies = (largest / limit).ceil().clamp(1, MOST).long()
         return [(int(channel), int(copies[channel])) for channel in (copies > 1).nonzero().flatten()]
-
-    def _largest(self, calibration: Calibration, sites: Sequence[Site]) -> dict[str, Tensor]:
-        wanted = {site.name for site in sites}
-        model = calibration.model
-        watchers = attach(model, calibration.assignment.products, lambda s: _Largest() if s.name in wanted else None)
-        model.eval()
-        try:
-            for batch in calibration.batches:
-                call_model(model, batch)
-        finally:
-            detach(model)
-        return {name: watcher.value for name, watcher in watchers.items()}  # type: ignore[misc]

@@ -44,13 +44,11 @@ class Stepper:
     def set_modes(self) -> None:
         """Training mode, but for BatchNorm if the settings freeze it."""
         self.run.model.train()
+        norms = [m for m in self.run.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         if self.run.settings.freeze_batchnorm:
-            for module in self.run.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
-        several = self.run.accelerator.num_processes > 1
-        norms = (m for m in self.run.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
-        self.over_all = several and any(norm.training for norm in norms)
+            for norm in norms:
+                norm.eval()
+        self.over_all = self.run.accelerator.num_processes > 1 and any(norm.training for norm in norms)
 
     def __call__(self, share: Share) -> float:
         run = self.run
