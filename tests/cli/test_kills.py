@@ -52,7 +52,8 @@ def test_twenty_kills(zygote, options, tmp_path):
         if (tmp_path / "run").exists():  # after its last word, before its process was gone
             assert outcome(tmp_path / "run") == expected
             shutil.rmtree(tmp_path / "run")
-    assert len(last_words) > 3, last_words  # it was killed in different stages
+    # In different stages: three take time (two reconstructions and the training), the others pass in milliseconds.
+    assert len(last_words) >= 3, last_words
     resume = ["run", "--resume", "--out", "run", "--trust"]
     ended = zygote.run(tmp_path, resume if (tmp_path / ".run.partial").exists() else begin)
     assert ended.status == 0, ended.err
