@@ -23,15 +23,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from small_images import NAMES as SMALL
-from small_images import load_small
+from small_images import add_arguments, load_network
 from torch import nn
 from torch.utils.data import Subset
 
-from planish.data import calibration_subset, load_data, make_loader
+from planish.data import calibration_subset, make_loader
 from planish.evaluation import evaluate, predict
 from planish.flattening import FlattenSettings, flatten, plain
-from planish.models import load_model
 from planish.ptq import quantize
 from planish.qat import METHODS, Method, QATSettings, get_method, train_quantized
 from planish.qat.cr import CR
@@ -99,11 +97,7 @@ class Study:
     seed: int
 
     def __post_init__(self) -> None:
-        if self.name in SMALL:
-            self.loaded, self.data = load_small(self.name, self.args.small, self.args.shared, self.seed)
-        else:
-            self.loaded = load_model(self.name)
-            self.data = load_data(None, self.loaded.preprocessing, seed=self.seed)
+        self.loaded, self.data = load_network(self.name, self.seed, self.args)
         self.test = make_loader(self.data.test, 500, shuffle=False, seed=0)
         self.reference, _, _ = predict(self.loaded.model, self.test)
         self.fp_top1 = evaluate(self.loaded.model, self.test)["top1"]
@@ -221,10 +215,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--small", type=Path, default=Path("networks"), help="folder of the networks of small_images.py"
-    )
-    parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="folder of their images")
+    add_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--summary", action="store_true", help="only print the tables of what is measured")
     args = parser.parse_args()

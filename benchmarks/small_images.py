@@ -25,11 +25,11 @@ import torch
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
-from planish.data import BatchedTensorDataset, calibration_subset, make_loader
+from planish.data import BatchedTensorDataset, calibration_subset, load_data, make_loader
 from planish.data.load import ImageData
 from planish.evaluation import evaluate
 from planish.flattening import flatten, plain
-from planish.models import Preprocessing, fit_weights, read_weights, save_weights
+from planish.models import Preprocessing, fit_weights, load_model, read_weights, save_weights
 from planish.models.load import LoadedModel
 from planish.models.weights import state_hash
 from planish.training import TrainingSettings
@@ -107,6 +107,20 @@ def load_small(name: str, folder: Path, shared: Path, seed: int) -> tuple[Loaded
     path = folder / f"{name}.safetensors"
     fit_weights(model, read_weights(path)[0], name=name, source=path)
     return LoadedModel(model.eval(), name, LOOK, state_hash(model), {"kind": "none"}), data
+
+
+def load_network(name: str, seed: int, args: argparse.Namespace) -> tuple[LoadedModel, ImageData]:
+    """A network of this file or of the package, and its images; ``args`` has what :func:`add_arguments` added."""
+    if name in NAMES:
+        return load_small(name, args.small, args.shared, seed)
+    loaded = load_model(name)
+    return loaded, load_data(None, loaded.preprocessing, seed=seed)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Where the networks and images of this file are."""
+    parser.add_argument("--small", type=Path, default=Path("networks"), help="the networks of small_images.py")
+    parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="the folder with the images")
 
 
 def train(name: str, args: argparse.Namespace) -> None:

@@ -5,9 +5,10 @@
 
 An arm is a way to train a finished network on for a few epochs over the same images. Each trained network is kept as
 NETWORKS/MODEL-ARM-SEED.safetensors, so that other scripts (benchmarks/flatness.py) can look at the same networks. The
-images are the embedded ones: 10,000 to train on, 2,000 official test images to measure on. Settings were chosen on
-networks trained without the last 10,000 training images, and on those images, never on the test images
-(benchmarks/forms.py).
+images of the embedded networks are the embedded ones: 10,000 to train on, 2,000 official test images to measure on.
+Settings were chosen on networks trained without the last 10,000 training images, and on those images, never on the test
+images (benchmarks/forms.py). The networks of small_images.py (``--networks cifar10-resnet20 --small FOLDER``) are
+trained on 10,000 of their 50,000 images and measured on all test images, with the settings of the embedded ones.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import copy
 import csv
 import statistics
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -26,10 +28,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from planish.data import calibration_subset, load_data, make_loader
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from small_images import add_arguments, load_network
+
+from planish.data import calibration_subset, make_loader
 from planish.evaluation import evaluate, predict
 from planish.flattening import FlattenSettings, flatten, plain
-from planish.models import fit_weights, load_model, read_weights, save_weights
+from planish.models import fit_weights, read_weights, save_weights
 from planish.ptq import METHODS, quantize
 from planish.training import TrainingSettings
 
@@ -75,8 +80,7 @@ class Study:
 
     def __init__(self, name: str, seed: int, args: argparse.Namespace) -> None:
         self.name, self.seed, self.args = name, seed, args
-        self.loaded = load_model(name)
-        self.data = load_data(None, self.loaded.preprocessing, seed=seed)
+        self.loaded, self.data = load_network(name, seed, args)
         self.test = make_loader(self.data.test, 500, shuffle=False, seed=0)
         subset = calibration_subset(self.data.train, self.data.train_labels, args.calibration, seed)
         self.calibration = make_loader(subset, args.batch_size, shuffle=False, seed=0)
@@ -167,6 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=["convnet", "vit"])
     parser.add_argument("--networks-folder", type=Path, default=Path("networks"))
+    add_arguments(parser)
     parser.add_argument("--arms", nargs="*")
     parser.add_argument("--schemes", nargs="+", default=list(SCHEMES))
     parser.add_argument("--methods", nargs="+", default=["rtn"])

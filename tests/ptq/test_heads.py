@@ -9,8 +9,8 @@ from torch import nn
 from planish.deploy.onnx.runtime import FLOAT
 from planish.errors import PlanishError
 from planish.functional import fake_quantize
-from planish.network import ledger, taps_of, watch
-from planish.ptq import Calibrate, Round, ScaleHeads, quantize
+from planish.network import assign, ledger, taps_of, watch
+from planish.ptq import Calibrate, Calibration, Round, ScaleHeads, quantize
 from planish.ptq.reconstruction import Reconstruct
 from planish.ptq.rounding import catch
 from planish.qat import QATSettings, train_quantized
@@ -92,6 +92,9 @@ def test_without_heads_nothing_changes():
     assert torch.equal(plain(x), asked(x))
     notes = [line["text"] for line in log if line["event"] == "note"]
     assert notes == ["no attention with heads and a quantized softmax output was found"]
+    work = Calibration(net, [x], assign(watch(net, x[:1]), "w4a4"), [])
+    ScaleHeads()(work)
+    assert not work.assignment.scheme.heads  # so that no card speaks of heads
 
 
 def test_it_comes_before_the_ranges():

@@ -8,7 +8,8 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.network import assign, detach, taps_of, watch
-from planish.ptq import Calibrate, Calibration, RefineRanges, Round, quantize
+from planish.ptq import Calibrate, Calibration, RefineRanges, Round, ScaleHeads, quantize
+from tests.ptq.test_heads import X, uneven
 from tests.ptq.test_reconstruction import images
 from tests.training import tiny
 
@@ -67,6 +68,22 @@ def test_no_module_gets_worse():
         tap.grid = grid
         errors.append(float((fc1(tap(seen["x"])) - seen["y"]).square().sum()))
     assert errors[0] <= errors[1]
+
+
+def test_the_ranges_of_heads_are_refined_one_by_one():
+    model = uneven().eval().requires_grad_(False)
+    with torch.no_grad():
+        for block in model.blocks:  # so that heads matter
+            block.attn.proj.weight *= 10
+            block.attn.qkv.weight[24:] *= 10
+    work = Calibration(model, [X], assign(watch(model, X[:1]), "w4a4"), [])
+    ScaleHeads()(work)
+    Calibrate()(work)
+    before = {name: tap.grid.scale for name, tap in taps_of(model) if tap.grid.scale.numel() > 1}
+    RefineRanges()(work)
+    factors = [dict(taps_of(model))[name].grid.scale / scale for name, scale in before.items()]
+    assert any(len(set(f.flatten().tolist())) > 1 for f in factors)
+    assert all(f.shape == (1, 2, 1, 1) for f in factors)
 
 
 def test_nothing_is_left_behind_and_what_is_written_is_a_quantized_network():

@@ -9,7 +9,8 @@ from torch import nn
 from planish.errors import PlanishError
 from planish.network import taps_of
 from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize
-from planish.ptq.ridge import RidgeCorrection, solve_ridge
+from planish.ptq.layers import LayerCall
+from planish.ptq.ridge import FOLDS, LAMS, RidgeCorrection, moments, solve_ridge
 from tests.network.zoo import build
 from tests.ptq.test_gptq import Keep, chain, chain_layer, columns_of, wide
 from tests.ptq.test_quantize import run, same_state
@@ -37,6 +38,67 @@ def test_it_is_the_least_squares_solution_of_every_group(ones):
     ours = solve_ridge(rows @ rows.mT, e.double() @ rows.mT, LAM, ones=ones)
     for g in range(2):
         torch.testing.assert_close(ours[g], least_squares(x[g], e[g], LAM, ones))
+
+
+def layer_call(x):
+    weight = torch.zeros(3, x.shape[-1])
+    return LayerCall("layer.weight", torch.nn.functional.linear, {"input": x, "weight": weight, "bias": None})
+
+
+def test_robust_sums_are_those_of_weighted_columns():
+    torch.manual_seed(0)
+    calls = [(layer_call(torch.randn(4, 5, 6)), torch.randn(4, 5, 3)) for _ in range(2)]
+    calls[0][1][0, 0] *= 1e3  # a token that would outweigh all others
+    gram, cross = torch.zeros(7, 7).double(), torch.zeros(3, 7).double()
+    for call, missing in calls:
+        x, e = call.args["input"].flatten(0, 1).double(), missing.flatten(0, 1).double()
+        lengths = e.square().sum(1)
+        for row, lacks, length in zip(x, e, lengths, strict=True):
+            weight = 1 / (1 + length / lengths.median())
+            row = torch.cat([row, torch.ones(1)])
+            gram += weight * row[:, None] * row
+            cross += weight * lacks[:, None] * row
+    ours = moments(calls, robust=True)
+    torch.testing.assert_close(ours.gram[0], gram, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(ours.cross[0], cross, atol=1e-4, rtol=1e-4)
+    alone = moments([(call, None) for call, _ in calls], robust=True)
+    assert alone.cross is None
+    assert not torch.allclose(alone.gram, ours.gram, rtol=0.1)  # here the inputs decide
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_lam_that_is_chosen_predicts_images_left_out_best(bias):
+    torch.manual_seed(1)
+    x = torch.randn(2, 40, 30) * torch.logspace(0, -2, 30)
+    e = x @ torch.randn(30, 3) + 2 * torch.randn(2, 40, 3) + bias
+    ours = moments([(layer_call(part), lacks) for part, lacks in zip(x, e, strict=True)], folds=True)
+    assert len(ours.folds) == FOLDS
+    end = None if bias else -1
+    costs = {}
+    for lam in LAMS:
+        costs[lam] = 0.0
+        for k in range(FOLDS):
+            inside = slice(10 * k, 10 * k + 10)
+            left = (
+                torch.cat([x[:, : 10 * k], x[:, 10 * k + 10 :]], 1).flatten(0, 1),
+                torch.cat([e[:, : 10 * k], e[:, 10 * k + 10 :]], 1).flatten(0, 1),
+            )
+            change = least_squares(left[0].T, left[1].T, lam, bias)
+            shown, wanted = x[:, inside].flatten(0, 1).double(), e[:, inside].flatten(0, 1).double()
+            if bias:
+                shown = torch.cat([shown, torch.ones(len(shown), 1)], 1)
+            costs[lam] += float((wanted - shown @ change.T).square().sum() - wanted.square().sum())
+    best = min(costs, key=costs.get)
+    assert best not in (LAMS[0], LAMS[-1])
+    expected = solve_ridge(ours.gram[:, :end, :end], ours.cross[:, :, :end], best, ones=bias)
+    torch.testing.assert_close(ours.change(None, bias=bias), expected)
+
+
+def test_no_change_where_nothing_can_be_predicted():
+    torch.manual_seed(2)
+    x, e = torch.randn(1, 80, 30), torch.randn(1, 80, 3)
+    assert not moments([(layer_call(x), e)], folds=True).change(None, bias=False).any()
+    assert moments([(layer_call(x), e)]).change(0.1, bias=False).any()
 
 
 def test_inputs_that_are_always_zero_change_nothing():
@@ -122,6 +184,21 @@ def test_activations_that_overflow_are_named():
         model[0].weight.fill_(1e30)
     with pytest.raises(PlanishError, match=r"1\.weight: inputs or outputs of this layer are not finite or too large"):
         quantize(model, [torch.randn(4, 3)], "w4a4", [Calibrate(), RidgeCorrection()])
+
+
+@torch.no_grad()
+def test_a_few_tokens_with_large_errors_do_not_spoil_the_others():
+    """Their error, which the others do not share, is 300 times as large: the plain correction is fitted to it alone."""
+    torch.manual_seed(3)
+    x = torch.randn(64, 16, 8)
+    e = 0.1 * x[..., :3].clone()
+    e[:, 0] += 300 * x[:, 0] @ torch.randn(8, 3)
+    rest = []
+    for robust in (False, True):
+        sums = moments([(layer_call(x), e)], robust=robust, folds=True)
+        change = sums.change(None, bias=False)[0].float()
+        rest.append(float((e - x @ change.T)[:, 1:].square().mean()))
+    assert rest[1] < 0.3 * float(e[:, 1:].square().mean()) < rest[0]
 
 
 @pytest.mark.parametrize("lam", [0.0, -1.0, float("nan"), float("inf")])

@@ -75,10 +75,7 @@ def qat(name: str, root: Path) -> str:
             parts += [] if network in HARDER else [f"Not measured on the {title}."]
             continue
         if network in HARDER:
-            harder = (
-                f" ResNet-20 (a stem of stride 2): {int(mine[0]['train_images']):,} of the 50,000 images that it was "
-                "trained on, all test images, the settings that were chosen on Fashion-MNIST."
-            )
+            harder = _harder(mine[0])
         other = "rtn" if name == "lsq" else "lsq"
         parts.append(_beside(network, {name: mine, other: _of(methods, network=network, arm=other)}, "train_seconds"))
     if all(part.startswith("Not") for part in parts):
@@ -92,6 +89,14 @@ def qat(name: str, root: Path) -> str:
         f"training on a machine that was not alone. Fashion-MNIST; `benchmarks/qat.py`, {_file('qat.csv')}.{harder}"
     )
     return "\n\n".join(parts)
+
+
+def _harder(row: Mapping[str, str]) -> str:
+    """What is different on the networks of ``benchmarks/small_images.py``."""
+    return (
+        f" ResNet-20 (a stem of stride 2): {int(row['train_images']):,} of the 50,000 images that it was trained on, "
+        "all test images, the settings that were chosen on Fashion-MNIST."
+    )
 
 
 def _variants(name: str, rows: Rows) -> list[str]:
@@ -115,10 +120,14 @@ def study(name: str, root: Path) -> str:
     arms = STUDIED.get(name, [])
     if not arms:
         return NOT_MEASURED
-    parts = []
-    for network, title in NETWORKS.items():
+    parts, harder = [], ""
+    for network, title in TITLES.items():
         here = [row for row in rows if row["model"] == network and row["method"] == "rtn"]
-        names = list(dict.fromkeys([*arms, "averaged"]))
+        names = [arm for arm in dict.fromkeys([*arms, "averaged"]) if _of(here, arm=arm)]
+        if not set(names) & set(arms):
+            continue
+        if network in HARDER:
+            harder = _harder(here[0])
         found = {arm: _with_float(_of(here, arm=arm)) for arm in names}
         shown = [(arm, found[arm], "") for arm in names]
         differences = [(f"{a} - averaged", less(found[a], found["averaged"]), "") for a in arms if a != "averaged"]
@@ -131,7 +140,7 @@ def study(name: str, root: Path) -> str:
         f"images (`given`: none), batch {one['batch_size']}, then calibrated rounding (`rtn`) with "
         f"{one['calibration_images']} calibration images; {GRIDS}. Arms that imitate a quantizer did so for w4a4, w3a3 "
         f"and w2a4, one of them a step. Fashion-MNIST; `benchmarks/evidence/study.py`, {_file('evidence/study.csv')}; "
-        "what the arms are is said in [When does flattening pay](/docs/evidence.md)."
+        f"what the arms are is said in [When does flattening pay](/docs/evidence.md).{harder}"
     )
     return "\n\n".join(parts)
 

@@ -108,6 +108,8 @@ class GPTQ:
             inputs then are those that the *rounded* layers before it give.
         solver: "columns": GPTQ; "halves": ERQ's, which rounds half of the columns that are left at a time and refines
             their roundings (``ptq/halves.py``).
+        robust: give columns of the inputs less weight that are longer than the median column (``ptq/ridge.py``); with
+            ``ridge``, that decides.
         memory: gigabytes of outputs of blocks that are held in memory; beyond it, in temporary files.
 
     Raises:
@@ -120,6 +122,7 @@ class GPTQ:
     block: int = 128
     ridge: RidgeCorrection | None = None
     solver: str = "columns"
+    robust: bool = False
     memory: float = 4.0
 
     name = "gptq"
@@ -163,7 +166,7 @@ class GPTQ:
             parameter, grid = parameter_at(model, wanted[site]), taps[site].grid
             (call, *_), calls = peek(calls)
             if self.ridge is None:
-                hessian = moments((of_all[0], None) for of_all in calls).inputs
+                hessian = moments(((of_all[0], None) for of_all in calls), robust=self.robust).inputs
             else:
                 hessian = self.ridge.correct(model, wanted[site], calls).inputs
             grid = grid._replace(scale=call.matrix(grid.scale), zero_point=call.matrix(grid.zero_point))

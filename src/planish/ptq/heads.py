@@ -27,8 +27,9 @@ class ScaleHeads:
 
     def __call__(self, calibration: Calibration) -> None:
         require_float(calibration, self.name)
-        calibration.plan_anew(replace(calibration.assignment.scheme, heads=True))
-        plan = calibration.assignment
-        sites = [site for site, fmt in plan.quantized() if not site.is_weight and fmt.granularity == "channel"]
-        if not sites:
+        scheme = calibration.assignment.scheme
+        calibration.plan_anew(replace(scheme, heads=True))
+        formats = [fmt for site, fmt in calibration.assignment.quantized() if not site.is_weight]
+        if not any(fmt.granularity == "channel" for fmt in formats):
+            calibration.plan_anew(scheme)
             calibration.note(self.name, "no attention with heads and a quantized softmax output was found")

@@ -38,9 +38,13 @@ def _reconstructed(**options: Any) -> Callable[[], list[Pass]]:
     return lambda: [FoldBatchNorm(), Calibrate(), Round(), Reconstruct(**options)]
 
 
+APART: tuple[Pass, ...] = (Rotate(), ScaleHeads(), SplitOutliers())  # a network without LayerNorm stays as it is
+
+
 def _fast() -> list[Pass]:
-    """Seconds, and no backpropagation; a network without LayerNorm is not rotated."""
-    return [Rotate(), FoldBatchNorm(), Calibrate(), GPTQ(ridge=RidgeCorrection(), solver="halves")]
+    """Seconds to minutes, and no backpropagation."""
+    ridge = RidgeCorrection(lam=None, robust=True)
+    return [*APART, FoldBatchNorm(), Calibrate(), RefineRanges(), GPTQ(ridge=ridge, solver="halves")]
 
 
 def _best_cnn() -> list[Pass]:
@@ -49,8 +53,7 @@ def _best_cnn() -> list[Pass]:
 
 def _best_vit() -> list[Pass]:
     """After the rotation no norm has an affine map: every layer gets a factor and a shift instead."""
-    apart: list[Pass] = [Rotate(), ScaleHeads(), SplitOutliers()]
-    return [*apart, FoldBatchNorm(), Calibrate(), Round(), Reconstruct(), TuneNorms(layers="all", held=0.25)]
+    return [*APART, FoldBatchNorm(), Calibrate(), Round(), Reconstruct(), TuneNorms(layers="all", held=0.25)]
 
 
 METHODS = {
@@ -97,12 +100,6 @@ METHODS = {
             "rtn with ranges per channel after LayerNorm, folded into it and the next layers",
             "Li et al. 2023, arXiv 2212.08254",
             lambda: [RepQ(), FoldBatchNorm(), Calibrate(), Round()],
-        ),
-        Method(
-            "outliers",
-            "gptq on a rotated network, with a scale for each head's softmax and towering hidden channels split",
-            "docs/methods.md; Zhao et al. 2019, arXiv 1901.09504",
-            lambda: [Rotate(), ScaleHeads(), SplitOutliers(), FoldBatchNorm(), Calibrate(), GPTQ()],
         ),
         Method(
             "relu",
@@ -170,7 +167,12 @@ METHODS = {
             "Cheng et al. 2023, arXiv 2309.05516",
             _reconstructed(learner="signround", drop=0.0),
         ),
-        Method("fast", "rotation, then erq: the best without backpropagation", "docs/methods.md", _fast),
+        Method(
+            "fast",
+            "erq with a ridge for each layer, on a rotated network whose outliers are taken apart; no backpropagation",
+            "docs/methods.md",
+            _fast,
+        ),
         Method(
             "best-cnn",
             "genie, and the factors and shifts of channels tuned afterwards",

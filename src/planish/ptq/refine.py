@@ -27,7 +27,8 @@ class RefineRanges:
     most: nearly all of them are small, and a step that rounds these to zero costs little in squared error and most of
     the sum. So each range is multiplied by some factors, with everything else in float, and the output of the module
     that multiplies (a layer, or a whole attention with its projection) is compared with the float one, in the manner of
-    PTQ4ViT (Yuan et al. 2022, arXiv 2111.12293, section 3.2), without its gradients. After ``Calibrate``.
+    PTQ4ViT (Yuan et al. 2022, arXiv 2111.12293, section 3.2), without its gradients. The ranges of heads
+    (``ScaleHeads``) are scaled one after another. After ``Calibrate``.
 
     Attributes:
         images: calibration images that are looked at.
@@ -69,16 +70,23 @@ class RefineRanges:
         inside = {tap for tap in module.modules() if isinstance(tap, UniformQuantizer)}
         changed = 0
         for tap in dict.fromkeys(own):
-            given, best, least = tap.grid, tap.grid, float("inf")
+            given = tap.grid
             with _silent(inside - {tap}):
-                for factor in dict.fromkeys((1.0, *self.factors)):
-                    tap.grid = given._replace(scale=given.scale * factor)
-                    error = call.error(module)
-                    if error < least:
-                        best, least = tap.grid, error
-            tap.grid = best
-            changed += int(not torch.equal(best.scale, given.scale))
+                for entry in range(given.scale.numel()):  # several: one for each head
+                    self._refine_entry(module, call, tap, entry)
+            changed += int(not torch.equal(tap.grid.scale, given.scale))
         return changed
+
+    def _refine_entry(self, module: nn.Module, call: _Call, tap: UniformQuantizer, entry: int) -> None:
+        given, best, least = tap.grid, tap.grid, float("inf")
+        for factor in dict.fromkeys((1.0, *self.factors)):
+            scale = given.scale.clone()
+            scale.view(-1)[entry] *= factor
+            tap.grid = given._replace(scale=scale)
+            error = call.error(module)
+            if error < least:
+                best, least = tap.grid, error
+        tap.grid = best
 
 
 class _Call:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,9 @@ from planish.ptq.layers import LayerCall, layer_weights, parameter_at
 from planish.ptq.outputs import keep_float
 from planish.ptq.passes import Calibration
 from planish.ptq.walk import check_memory, peek, visit_layers
+
+FOLDS = 4  # parts of the images of which each is predicted from the others, where lam is chosen
+LAMS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # that it is chosen from
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, lam: float, *, ones: bool) -> Tensor:
@@ -49,49 +53,95 @@ class Moments:
     Attributes:
         gram: X X^T, (G, K + 1, K + 1), float64.
         cross: E X^T, (G, R, K + 1), float64; ``None`` if no outputs were given.
+        folds: both sums over each of a few parts of the images; empty if they were not asked for.
     """
 
     gram: Tensor
     cross: Tensor | None
+    folds: tuple[tuple[Tensor, Tensor], ...] = ()
 
     @property
     def inputs(self) -> Tensor:
         """X X^T without the row of ones: (G, K, K)."""
         return self.gram[:, :-1, :-1]
 
-    def change(self, lam: float, *, bias: bool) -> Tensor:
-        """What :func:`solve_ridge` gives: (G, R, K + 1) with a bias in the last column, else (G, R, K)."""
+    def change(self, lam: float | None, *, bias: bool) -> Tensor:
+        """What :func:`solve_ridge` gives: (G, R, K + 1) with a bias in the last column, else (G, R, K).
+
+        Without ``lam``, with that of :data:`LAMS` whose changes take most off the squared error of parts of the images
+        that they were not computed from; zeros if none takes anything off.
+        """
         assert self.cross is not None
         end = None if bias else -1
-        return solve_ridge(self.gram[:, :end, :end], self.cross[:, :, :end], lam, ones=bias)
+        gram, cross = self.gram[:, :end, :end], self.cross[:, :, :end]
+        if lam is None:
+            costs = {share: self._cost_elsewhere(share, end) for share in LAMS}
+            lam = min(costs, key=costs.__getitem__)
+            if not costs[lam] < 0:
+                return torch.zeros_like(cross)
+        return solve_ridge(gram, cross, lam, ones=bias)
+
+    def _cost_elsewhere(self, lam: float, end: int | None) -> float:
+        """What the changes from all folds but one add to the squared error of that one, summed over the folds."""
+        assert self.cross is not None
+        cost = 0.0
+        for fold in self.folds:
+            gram, cross = (sums[:, :, :end] for sums in fold)
+            gram = gram[:, :end]
+            rest = self.gram[:, :end, :end] - gram, self.cross[:, :, :end] - cross
+            change = solve_ridge(*rest, lam, ones=end is None)
+            cost += float((change @ gram * change).sum() - 2 * (change * cross).sum())
+        return cost
 
 
-def moments(calls: Iterable[tuple[LayerCall, Tensor | None]]) -> Moments:
+def moments(calls: Iterable[tuple[LayerCall, Tensor | None]], *, robust: bool = False, folds: bool = False) -> Moments:
     """The sums over the calls of a layer, each with what its output is missing.
+
+    Args:
+        robust: weigh the columns by 1 / (1 + q), q the squared length of what a column's output lacks (of the column
+            itself, if no outputs are given) over the median of a call. Else a few tokens or places can outweigh all
+            others: in trained transformers, those with massive activations.
+        folds: also the sums over each of :data:`FOLDS` parts of the images of each call.
 
     Raises:
         PlanishError: they are not finite.
     """
-    gram: Tensor | None = None
-    cross: Tensor | None = None
+    sums: list[list[Tensor | None]] = [[None, None] for _ in range(FOLDS if folds else 1)]
     site = ""
     for call, rest in calls:
         site = call.site
         for x, e in call.columns(rest):
             x = F.pad(x, (0, 0, 0, 1), value=1.0)
-            one = (x @ x.transpose(1, 2)).double()
-            gram = one if gram is None else gram.add_(one)
-            if e is not None:
-                two = (e @ x.transpose(1, 2)).double()
-                cross = two if cross is None else cross.add_(two)
-    assert gram is not None
-    if not (gram.isfinite().all() and (cross is None or cross.isfinite().all())):
-        what = "inputs" if cross is None else "inputs or outputs"
+            if robust:
+                root = _column_weights(x if e is None else e).sqrt()
+                x, e = x * root, None if e is None else e * root
+            # columns go from image to image
+            others = [None] * len(sums) if e is None else e.tensor_split(len(sums), -1)
+            for one, part, other in zip(sums, x.tensor_split(len(sums), -1), others, strict=True):
+                one[0] = _added(one[0], part, part)
+                one[1] = one[1] if other is None else _added(one[1], other, part)
+    grams = [gram for gram, _ in sums if gram is not None]
+    crosses = [cross for _, cross in sums if cross is not None]
+    if not all(tensor.isfinite().all() for tensor in (*grams, *crosses)):
+        what = "inputs or outputs" if crosses else "inputs"
         raise PlanishError(
             f"{site}: {what} of this layer are not finite or too large to be squared; look for an overflow in the "
             f"layers before it"
         )
-    return Moments(gram, cross)
+    pairs = tuple(zip(grams, crosses, strict=False)) if folds else ()
+    return Moments(reduce(torch.add, grams), reduce(torch.add, crosses) if crosses else None, pairs)
+
+
+def _added(so_far: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    product = (left @ right.transpose(1, 2)).double()
+    return product if so_far is None else so_far.add_(product)
+
+
+def _column_weights(x: Tensor) -> Tensor:
+    """(M,) for x (G, R, M), between 0 and 1; 1/2 for the median column."""
+    lengths = x.square().sum((0, 1))
+    median = lengths.median().clamp(min=torch.finfo(lengths.dtype).tiny)
+    return 1 / (1 + lengths / median)
 
 
 def missing(calls: Iterable[tuple[LayerCall, ...]]) -> Iterator[tuple[LayerCall, Tensor]]:
@@ -110,23 +160,32 @@ class RidgeCorrection:
     corrected in the order of execution: the inputs of a layer come from the corrected layers before it. Goes between
     ``Calibrate`` and the rounding of the weights.
 
+    Where the inputs have a few very large channels and columns, as in vision transformers trained on ImageNet, one
+    lam does not fit all layers and the correction can do harm: there ``lam=None`` and ``robust=True`` help.
+
     Attributes:
-        lam: of the ridge, as a share of the mean diagonal.
+        lam: of the ridge, as a share of the mean diagonal; ``None``: for each layer the one that predicts best what
+            images lack that were left out (cross-validation), or no correction if none predicts anything.
+        robust: give columns less weight whose outputs lack more than the median column's (:func:`moments`).
         memory: gigabytes of outputs of blocks that are held in memory; beyond it, in temporary files.
 
     Raises:
         PlanishError: lam is not above 0, or inputs of a layer are not finite.
     """
 
-    lam: float = 0.1
+    lam: float | None = 0.1
+    robust: bool = False
     memory: float = 4.0
 
     name = "ridge"
 
     def __post_init__(self) -> None:
         check_memory(self.name, self.memory)
-        if not 0 < self.lam < float("inf"):
-            raise PlanishError(f"ridge: lam is {self.lam}: give a share of the mean diagonal above 0, such as 0.1")
+        if self.lam is not None and not 0 < self.lam < float("inf"):
+            raise PlanishError(
+                f"ridge: lam is {self.lam}: give a share of the mean diagonal above 0, such as 0.1, or None to have it "
+                f"chosen for each layer"
+            )
 
     @torch.no_grad()
     def __call__(self, calibration: Calibration) -> None:
@@ -151,7 +210,7 @@ class RidgeCorrection:
         (first, *_), calls = peek(calls)
         weight = parameter_at(model, site)
         bias = next((p for p in model.parameters() if p is first.bias), None)  # not one that is computed on the way
-        sums = moments(missing(calls))
+        sums = moments(missing(calls), robust=self.robust, folds=self.lam is None)
         change = sums.change(self.lam, bias=bias is not None)
         if bias is not None:
             bias.add_(change[..., -1].flatten())
