@@ -71,6 +71,7 @@ def arms(training: TrainingSettings) -> dict[str, FlattenSettings | None]:
         "activations rounded": replace(flat, weight_noise="none", activation_part=1.0, share=1.0, until=1.0),
         "flat": flat,
         "flat, not averaged": replace(flat, averaging=None),
+        "flat, distilled": replace(flat, distillation=1.0),
         "flat, without labels": replace(flat, task=0.0, distillation=1.0),
     }
 

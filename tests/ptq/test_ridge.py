@@ -8,9 +8,9 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.network import taps_of
-from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize
+from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize, ridge
 from planish.ptq.layers import LayerCall
-from planish.ptq.ridge import FOLDS, LAMS, RidgeCorrection, moments, solve_ridge
+from planish.ptq.ridge import FOLDS, LAMS, Moments, RidgeCorrection, moments, solve_ridge
 from tests.network.zoo import build
 from tests.ptq.test_gptq import Keep, chain, chain_layer, columns_of, wide
 from tests.ptq.test_quantize import run, same_state
@@ -92,6 +92,28 @@ def test_a_lam_that_is_chosen_predicts_images_left_out_best(bias):
     assert best not in (LAMS[0], LAMS[-1])
     expected = solve_ridge(ours.gram[:, :end, :end], ours.cross[:, :, :end], best, ones=bias)
     torch.testing.assert_close(ours.change(None, bias=bias), expected)
+
+
+def test_a_wide_layer_is_judged_on_the_first_part_alone(monkeypatch):
+    torch.manual_seed(5)
+    x = torch.randn(1, 80, 30)
+    e = x @ torch.randn(30, 3)
+    e[:, 20:40] = torch.randn(1, 20, 3)  # the second part
+    ours = moments([(layer_call(x), e)], folds=True)
+    monkeypatch.setattr(ridge, "WIDE", 30)
+    (first, *_) = ours.folds
+    alone = Moments(ours.gram, ours.cross, (first,))
+    torch.testing.assert_close(ours.change(None, bias=False), alone.change(None, bias=False))
+    monkeypatch.setattr(ridge, "WIDE", 31)
+    assert not torch.equal(ours.change(None, bias=False), alone.change(None, bias=False))
+
+
+def test_columns_that_lack_nothing_do_not_take_all_the_weight():
+    torch.manual_seed(6)
+    x, e = torch.randn(1, 20, 3), torch.zeros(1, 20, 3)
+    e[:, :8] = 0.1 * x[:, :8]
+    sums = [moments([(layer_call(x), e)], robust=robust) for robust in (False, True)]
+    torch.testing.assert_close(sums[1].cross, sums[0].cross)
 
 
 def test_no_change_where_nothing_can_be_predicted():

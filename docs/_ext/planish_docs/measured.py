@@ -28,7 +28,7 @@ STUDIED = {
     "tuned": ["tuned"],
     "averaged": ["averaged", "swa"],
     "sam": ["sam", "asam"],
-    "flat": ["flat", "flat, not averaged", "flat, without labels", "clip only"],
+    "flat": ["flat", "flat, not averaged", "flat, distilled", "flat, without labels", "clip only"],
     "weight-differential": ["gaussian", "gaussian, naive"],
     "weight-differential-forward": ["gaussian, forward"],
     "weight-uniform": ["uniform"],
@@ -53,7 +53,8 @@ def ptq(name: str, root: Path) -> str:
         rounded = _of(rows, network=network, arm="rtn")
         parts.append(_beside(network, {name: mine, "rtn": rounded}, "seconds"))
     shown = [row for mine in measured.values() for row in mine]
-    learned = f"{_all(shown, 'iterations')} iterations a unit where roundings are learned, " if shown else ""
+    learning = [row for row in shown if row["iterations"]]
+    learned = f"{_all(learning, 'iterations')} iterations a unit where roundings are learned, " if learning else ""
     parts.append(
         f"Top-1 in percent on {_all(shown, 'test_images')} test images, mean and standard error over three seeds, that "
         f"draw the {_all(shown, 'calibration_images')} calibration images; differences are paired by seed. No labels; "
@@ -130,7 +131,7 @@ def study(name: str, root: Path) -> str:
             harder = _harder(here[0])
         found = {arm: _with_float(_of(here, arm=arm)) for arm in names}
         shown = [(arm, found[arm], "") for arm in names]
-        differences = [(f"{a} - averaged", less(found[a], found["averaged"]), "") for a in arms if a != "averaged"]
+        differences = [(f"{a} - averaged", less(found[a], found["averaged"]), "") for a in names if a != "averaged"]
         differences = [row for row in differences if row[1]]
         parts.append(table(title, [*shown, *differences], signed=[row[0] for row in differences]))
     one = next(row for row in rows if row["arm"] == "averaged")
