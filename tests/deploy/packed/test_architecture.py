@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import sys
 import tracemalloc
 
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 
+from planish.deploy.packed import architecture
 from planish.deploy.packed.architecture import built, check_recipe, layout_of, limited, recipe_layout
 from planish.errors import PlanishError
 from tests.deploy.tiny import RECIPES
@@ -102,6 +104,24 @@ def test_changes_of_structure_take_no_memory_either():
     notes = [{"name": "block-compensation", "arguments": {"blocks": [["blocks.0", 10**6, False]]}}]
     shapes = recipe_layout(timm_recipe(), notes, 10).tensors
     assert shapes["blocks.0.planish_compensation.weight"][1] == (10**6, 10**6)
+
+
+@pytest.mark.parametrize("work", [50, 10**9])
+def test_a_device_that_is_off_the_stack_when_work_is_stopped_is_no_other_error(monkeypatch, work):
+    """That was met once in thousands of runs. Here it is taken off by hand."""
+
+    def stopped(recipe, rebuilt):
+        torch._C._pop_torch_function_stack()
+        for _ in range(100):
+            abs(1)
+        raise ValueError("not stopped")
+
+    monkeypatch.setattr(architecture, "built", stopped)
+    words = (PlanishError, "far more parts") if work == 50 else (RuntimeError, "empty mode stack")
+    with pytest.raises(words[0], match=words[1]) as caught:
+        architecture._recipe_layout.__wrapped__(json.dumps([timm_recipe(), []]), work)
+    assert torch.empty(1).device.type == "cpu"
+    assert isinstance(caught.value, PlanishError) or isinstance(caught.value.__context__, ValueError)
 
 
 def test_work_is_counted_also_in_loops_of_built_in_functions():

@@ -169,11 +169,17 @@ def recipe_layout(recipe: Mapping[str, Any], rebuilt: list[dict[str, Any]], tens
 @functools.lru_cache(maxsize=16)
 def _recipe_layout(text: str, work: int) -> Layout:
     recipe, rebuilt = json.loads(text)
-    # no random numbers are drawn on the meta device
-    with torch.device("meta"), torch.no_grad(), limited(work):
-        model = built(recipe, rebuilt)
-        _check_unstored(model)
-        return layout_of(model)
+    try:
+        # no random numbers are drawn on the meta device
+        with torch.device("meta"), torch.no_grad(), limited(work):
+            model = built(recipe, rebuilt)
+            _check_unstored(model)
+            return layout_of(model)
+    except RuntimeError as error:
+        # stopped while PyTorch had taken the device off its stack for a moment: it does not find it there to take off
+        if isinstance(error.__context__, PlanishError):
+            raise error.__context__ from None
+        raise
 
 
 def _check_unstored(model: nn.Module) -> None:
