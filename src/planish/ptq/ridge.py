@@ -166,7 +166,8 @@ class RidgeCorrection:
 
     Attributes:
         lam: of the ridge, as a share of the mean diagonal; ``None``: for each layer the one that predicts best what
-            images lack that were left out (cross-validation), or no correction if none predicts anything.
+            images lack that were left out (four-fold cross-validation; one of the folds for a layer of more than 1,024
+            inputs), or no correction if none predicts anything.
         robust: give columns less weight whose outputs lack more than the median column's (:func:`moments`).
         memory: gigabytes of outputs of blocks that are held in memory; beyond it, in temporary files.
 
