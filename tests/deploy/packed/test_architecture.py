@@ -108,7 +108,7 @@ def test_changes_of_structure_take_no_memory_either():
 
 @pytest.mark.parametrize("work", [50, 10**9])
 def test_a_device_that_is_off_the_stack_when_work_is_stopped_is_no_other_error(monkeypatch, work):
-    """That was met once in thousands of runs. Here it is taken off by hand."""
+    """That was met once, in a run of all tests, and not again. Here it is taken off by hand."""
 
     def stopped(recipe, rebuilt):
         torch._C._pop_torch_function_stack()
