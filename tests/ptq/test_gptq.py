@@ -1,6 +1,7 @@
 """GPTQ against two readable twins, and what it promises."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import timm
@@ -15,7 +16,7 @@ from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize
 from planish.ptq.gptq import GPTQ, gptq_round
 from planish.ptq.ridge import RidgeCorrection
 from planish.quantizers import fit_grid
-from planish.scheme import Format
+from planish.scheme import Format, Scheme
 from tests.deploy.tiny import LOOKS, RECIPES
 from tests.network.zoo import build
 from tests.ptq.test_quantize import run, same_state
@@ -349,3 +350,19 @@ def test_inputs_that_overflow_are_named():
 def test_options_without_a_meaning(options, message):
     with pytest.raises(PlanishError, match=message):
         GPTQ(**options)
+
+
+def test_long_inputs_count_less_if_it_is_robust():
+    torch.manual_seed(8)
+    layer, x = nn.Linear(6, 4), torch.randn(40, 6)
+    x[0] *= 100
+    scheme = replace(Scheme.parse("w3"), edge_bits=None)
+    grid = dict(taps_of(quantize(nn.Sequential(layer), [x], scheme, [Round()])))["0.weight"].grid
+    lengths = 1 + x.square().sum(1)  # with the one of the bias
+    weights, found = 1 / (1 + lengths / lengths.median()), {}
+    for robust, weight in ((False, torch.ones(40)), (True, weights)):
+        expected = gptq_round(layer.weight.detach()[None], (x.T * weight @ x)[None], grid)[0]
+        ours = quantize(nn.Sequential(layer), [x], scheme, [GPTQ(robust=robust)])
+        found[robust] = ours[0]._parameters["weight"].detach()
+        torch.testing.assert_close(found[robust], expected)
+    assert not torch.equal(found[False], found[True])

@@ -38,7 +38,7 @@ def _reconstructed(**options: Any) -> Callable[[], list[Pass]]:
     return lambda: [FoldBatchNorm(), Calibrate(), Round(), Reconstruct(**options)]
 
 
-APART: tuple[Pass, ...] = (Rotate(), ScaleHeads(), SplitOutliers())  # a network without LayerNorm stays as it is
+APART: tuple[Pass, ...] = (Rotate(), ScaleHeads(), SplitOutliers())  # each leaves alone what it has no place in
 
 
 def _fast() -> list[Pass]:

@@ -23,7 +23,7 @@ from planish.ptq.walk import check_memory, peek, visit_layers
 
 FOLDS = 4  # parts of the images of which each is predicted from the others, where lam is chosen
 LAMS = (0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # that it is chosen from
-WIDE = 1024  # inputs beyond which only the first part is predicted: the time grows with their third power
+WIDE = 1024  # inputs from which on only the first part is predicted: the time grows with their third power
 
 
 def solve_ridge(gram: Tensor, cross: Tensor, lam: float, *, ones: bool) -> Tensor:
@@ -166,8 +166,8 @@ class RidgeCorrection:
 
     Attributes:
         lam: of the ridge, as a share of the mean diagonal; ``None``: for each layer the one that predicts best what
-            images lack that were left out (four-fold cross-validation; one of the folds for a layer of more than 1,024
-            inputs), or no correction if none predicts anything.
+            images lack that were left out (four-fold cross-validation; one of the folds for a layer of 1,024 inputs or
+            more), or no correction if none predicts anything.
         robust: give columns less weight whose outputs lack more than the median column's (:func:`moments`).
         memory: gigabytes of outputs of blocks that are held in memory; beyond it, in temporary files.
 
