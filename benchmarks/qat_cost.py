@@ -3,9 +3,9 @@
     python benchmarks/qat_cost.py            # both embedded networks -> benchmarks/qat_cost.csv
 
 A round is one short training of every method, in a new order each time; a method's time is the median over its steps,
-and ratios are taken within a round. Memory is measured in a process for each method: the most that it holds in
-eight steps of training, less what it held before. Freed memory stays with the process while times are taken (see
-step_cost.py).
+and ratios are taken within a round. Times are processor time, which other work on the machine changes little. Memory is
+measured in a process for each method: the most that it holds in eight steps of training, less what it held before.
+Freed memory stays with the process while times are taken (see step_cost.py).
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class Trainings:
         self.calibration = [images for images, _ in self.batches[:4]]
 
     def __call__(self, arm: str, steps: int) -> list[float]:
-        """Seconds of every step but the first two of one training."""
-        batches, times = self.batches[:steps], [time.perf_counter()]
+        """Seconds of the processor for every step but the first two of one training."""
+        batches, times = self.batches[:steps], [time.process_time()]
         training = TrainingSettings(epochs=1, freeze_batchnorm=False)
 
         def tick(*_: Any) -> None:
-            times.append(time.perf_counter())
+            times.append(time.process_time())
 
         if arm == PLAIN:
             flatten(
