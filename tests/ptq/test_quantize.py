@@ -12,6 +12,7 @@ from planish.errors import PlanishError
 from planish.network import taps_of
 from planish.network.batches import call_model, logits_of
 from planish.ptq import METHODS, Calibrate, FoldBatchNorm, Round, quantize
+from planish.ptq.passes import Calibration, measure
 from planish.quantizers import UniformQuantizer
 from tests.network.zoo import NAMES, build, image
 from tests.ptq.reference import round_to_nearest
@@ -178,6 +179,22 @@ def test_every_pass_leaves_a_line():
     assert log[1]["after"]["mse"] > log[0]["after"]["mse"]
     assert all(first["after"] == second["before"] for first, second in pairwise(log))
     assert log[2]["after"] != log[1]["after"]
+
+
+@pytest.mark.parametrize(("sizes", "seen"), [([128, 128], 128), ([64, 64, 64], 128), ([100, 100, 7], 200), ([50], 50)])
+def test_the_log_is_measured_on_the_first_images(sizes, seen):
+    class Counting(nn.Module):
+        images = 0
+
+        def forward(self, x):
+            self.images += len(x)
+            return x
+
+    model, batches = Counting(), [torch.randn(size, 3) for size in sizes]
+    calibration = Calibration(model, batches, None, [*batches[:-1], batches[-1].roll(1, 1)])
+    worth = measure(calibration)
+    assert model.images == seen
+    assert (worth["mse"] == 0) == (len(sizes) > 1 and sum(sizes[:-1]) >= 128)  # only the last batch differs
 
 
 class Shout:

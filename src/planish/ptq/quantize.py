@@ -45,8 +45,8 @@ def quantize(
         task: what the outputs mean (:mod:`planish.task`): ``classes`` (the default), ``labels`` or ``features``.
         checkpoint_dir: folder in which methods that learn keep each unit that is done; it is left there.
         resume: take what is done from ``checkpoint_dir``; the result is that of an uninterrupted quantization.
-        log: receives one record per pass, as it ends (loss and agreement before and after, seconds), and what passes
-            have to say in between.
+        log: receives one record per pass, as it ends (loss and agreement before and after on the first 128 calibration
+            images, seconds), and what passes have to say in between.
         progress: called with the share that is done of a pass that takes long.
 
     Returns:
