@@ -52,6 +52,8 @@ def arms(training: TrainingSettings) -> dict[str, FlattenSettings | None]:
     averaged = plain(training, averaging=FlattenSettings.averaging)
     clipped = replace(averaged, clip_activations=True, share=flat.share)
     gaussian = replace(clipped, weight_noise="differential", activation_noise="gaussian")
+    rounded = replace(flat, weight_noise="none", activation_part=1.0, share=1.0, until=1.0)
+    unlabelled: dict[str, Any] = {"task": 0.0, "distillation": 1.0}
     return {
         "given": None,
         "tuned": plain(training),
@@ -68,11 +70,13 @@ def arms(training: TrainingSettings) -> dict[str, FlattenSettings | None]:
         "uniform": replace(gaussian, weight_noise="uniform", activation_noise="uniform"),
         "residual, weights": replace(clipped, weight_noise="residual", part=flat.part, clip_activations=False),
         "residual, activations": replace(flat, weight_noise="none"),
-        "activations rounded": replace(flat, weight_noise="none", activation_part=1.0, share=1.0, until=1.0),
+        "activations rounded": rounded,
+        "averaged, without labels": replace(averaged, **unlabelled),
+        "activations rounded, without labels": replace(rounded, **unlabelled),
         "flat": flat,
         "flat, not averaged": replace(flat, averaging=None),
         "flat, distilled": replace(flat, distillation=1.0),
-        "flat, without labels": replace(flat, task=0.0, distillation=1.0),
+        "flat, without labels": replace(flat, **unlabelled),
     }
 
 
