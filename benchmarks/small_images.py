@@ -11,6 +11,7 @@ trained on all 50,000 training images; what other scripts do with them, they do 
 from __future__ import annotations
 
 import argparse
+import gzip
 import io
 import itertools
 import json
@@ -35,6 +36,7 @@ from planish.models.weights import state_hash
 from planish.training import TrainingSettings
 
 LOOK = Preprocessing(input_size=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616), crop_pct=1.0)
+FASHION = ("images-idx3", "labels-idx1")  # parts of its files' names
 IMAGES = {"cifar10": "CIFAR-10 (JPEG)", "tin100": "Tiny-ImageNet-100, 32 px"}
 KEPT = 10_000  # training images that the studies use
 
@@ -99,28 +101,45 @@ def load_images(images: str, shared: Path, *, seed: int, most: int | None = KEPT
     )  # fmt: skip
 
 
-def load_small(name: str, folder: Path, shared: Path, seed: int) -> tuple[LoadedModel, ImageData]:
-    """A trained network by its name (``"cifar10-resnet20"``) and 10,000 of its training images."""
+def load_small(
+    name: str, folder: Path, shared: Path, seed: int, most: int | None = KEPT
+) -> tuple[LoadedModel, ImageData]:
+    """A trained network by its name (``"cifar10-resnet20"``) and ``most`` of its training images (``None``: all)."""
     images, network = name.split("-")
-    data = load_images(images, shared, seed=seed)
+    data = load_images(images, shared, seed=seed, most=most)
     model = NETWORKS[network][0](len(data.classes))
     path = folder / f"{name}.safetensors"
     fit_weights(model, read_weights(path)[0], name=name, source=path)
     return LoadedModel(model.eval(), name, LOOK, state_hash(model), {"kind": "none"}), data
 
 
-def load_network(name: str, seed: int, args: argparse.Namespace) -> tuple[LoadedModel, ImageData]:
-    """A network of this file or of the package, and its images; ``args`` has what :func:`add_arguments` added."""
+def load_network(
+    name: str, seed: int, args: argparse.Namespace, *, everything: bool = False
+) -> tuple[LoadedModel, ImageData]:
+    """A network of this file or of the package, and its images; ``args`` has what :func:`add_arguments` added.
+
+    ``everything``: with all images that the network was trained on, not 10,000 of them.
+    """
     if name in NAMES:
-        return load_small(name, args.small, args.shared, seed)
+        return load_small(name, args.small, args.shared, seed, None if everything else KEPT)
     loaded = load_model(name)
-    return loaded, load_data(None, loaded.preprocessing, seed=seed)
+    data = load_data(None, loaded.preprocessing, seed=seed)
+    if everything:
+        images, labels = (gzip.decompress((args.fashion / f"train-{part}-ubyte.gz").read_bytes()) for part in FASHION)
+        data.train_labels = list(labels[8:])
+        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28).copy()
+        data.train = BatchedTensorDataset(pixels, data.train_labels, loaded.preprocessing, seed=seed)
+    return loaded, data
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the networks and images of this file are."""
     parser.add_argument("--small", type=Path, default=Path("networks"), help="the networks of small_images.py")
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="the folder with the images")
+    parser.add_argument(
+        "--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"),
+        help="files of Debian's dataset-fashion-mnist, for all images of the embedded networks",
+    )  # fmt: skip
 
 
 def train(name: str, args: argparse.Namespace) -> None:
