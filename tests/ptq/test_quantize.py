@@ -12,7 +12,7 @@ from planish.errors import PlanishError
 from planish.network import taps_of
 from planish.network.batches import call_model, logits_of
 from planish.ptq import METHODS, Calibrate, FoldBatchNorm, Round, quantize
-from planish.ptq.passes import Calibration, measure
+from planish.ptq.passes import Calibration, measure, run_passes
 from planish.quantizers import UniformQuantizer
 from tests.network.zoo import NAMES, build, image
 from tests.ptq.reference import round_to_nearest
@@ -181,6 +181,13 @@ def test_every_pass_leaves_a_line():
     assert log[2]["after"] != log[1]["after"]
 
 
+class Idle:
+    name = "idle"
+
+    def __call__(self, calibration):
+        pass
+
+
 @pytest.mark.parametrize(("sizes", "seen"), [([128, 128], 128), ([64, 64, 64], 128), ([100, 100, 7], 200), ([50], 50)])
 def test_the_log_is_measured_on_the_first_images(sizes, seen):
     class Counting(nn.Module):
@@ -192,9 +199,13 @@ def test_the_log_is_measured_on_the_first_images(sizes, seen):
 
     model, batches = Counting(), [torch.randn(size, 3) for size in sizes]
     calibration = Calibration(model, batches, None, [*batches[:-1], batches[-1].roll(1, 1)])
-    worth = measure(calibration)
+    run_passes(calibration, [Idle()])
     assert model.images == seen
-    assert (worth["mse"] == 0) == (len(sizes) > 1 and sum(sizes[:-1]) >= 128)  # only the last batch differs
+    worth, without_last = calibration.log[0]["after"], len(sizes) > 1 and sum(sizes[:-1]) >= 128
+    assert (worth["mse"] == 0) == without_last  # only the last batch differs
+    model.images = 0
+    assert measure(calibration)["mse"] > 0  # passes that decide by it see all images
+    assert model.images == sum(sizes)
 
 
 class Shout:

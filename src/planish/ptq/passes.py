@@ -89,27 +89,34 @@ def watch_sites(
     return watchers
 
 
-def measure(calibration: Calibration) -> dict[str, float]:
-    """Mean squared error of the logits and agreement with the float model, on the first calibration images: as many
-    batches as hold ``MEASURED`` images.
+def measure(calibration: Calibration, batches: int | None = None) -> dict[str, float]:
+    """Mean squared error of the logits and agreement with the float model, on the calibration images, or on so many
+    batches of them.
 
     Agreement is the share of equal first classes (or sets of labels), or the mean cosine of features.
     """
-    ends = itertools.accumulate(len(logits) for logits in calibration.reference)
-    count = 1 + sum(1 for end in ends if end < MEASURED)
-    logits = torch.cat(run_logits(calibration.model, calibration.batches[:count]))
-    reference = torch.cat(calibration.reference[:count])
+    return _compare(calibration, run_logits(calibration.model, calibration.batches[:batches]))
+
+
+def _compare(calibration: Calibration, batches: Sequence[Tensor]) -> dict[str, float]:
+    """The same for logits of the first batches."""
+    logits, reference = torch.cat(list(batches)), torch.cat(calibration.reference[: len(batches)])
     agreement = calibration.task.alike(reference, logits).mean().item()
     return {"mse": F.mse_loss(logits, reference).item(), "agreement": agreement}
 
 
 def run_passes(calibration: Calibration, passes: Sequence[Pass]) -> None:
-    """Apply the passes in order; each leaves a line in the log with what it changed and how long it took."""
-    before = measure(calibration)
+    """Apply the passes in order; each leaves a line in the log with what it changed and how long it took.
+
+    What it changed is measured on as many batches as hold ``MEASURED`` images.
+    """
+    ends = itertools.accumulate(len(logits) for logits in calibration.reference)
+    count = 1 + sum(end < MEASURED for end in ends)
+    before = _compare(calibration, calibration.reference[:count])  # nothing has changed yet
     for calibration.place, step in enumerate(passes):
         began = time.perf_counter()
         step(calibration)
         seconds = time.perf_counter() - began
-        after = measure(calibration)
+        after = measure(calibration, count)
         calibration.record(event="pass", **{"pass": step.name}, before=before, after=after, seconds=seconds)
         before = after
