@@ -18,14 +18,16 @@ import copy
 import csv
 import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))  # how Brevitas is used
 
 from planish.ptq import Calibrate, Reconstruct, Round, quantize
 
@@ -68,6 +70,7 @@ def theirs(model: nn.Module, batches: list[Tensor], bits: int, iterations: int, 
     """Brevitas, its layers quantized with its own ranges."""
     from brevitas_examples.imagenet_classification.ptq.learned_round_utils import apply_learned_round
     from brevitas_examples.imagenet_classification.ptq.ptq_common import calibrate, quantize_model
+    from run_brevitas import without_amp
 
     images = torch.cat(batches)
     loader = DataLoader(TensorDataset(images, torch.zeros(len(images), dtype=torch.long)), batch_size=batch)
@@ -87,24 +90,6 @@ def theirs(model: nn.Module, batches: list[Tensor], bits: int, iterations: int, 
     )  # fmt: skip
     without_amp(lambda: apply_learned_round(quantized, loader, options))
     return quantized
-
-
-def without_amp(call: Callable[[], None]) -> None:
-    """Half precision is meant for a GPU; on a CPU it would only be slower."""
-    from brevitas_examples.imagenet_classification.ptq import learned_round_utils as utils
-
-    given = utils.parse_args_to_dataclass
-
-    def plain(options: Any) -> Any:
-        config = given(options)
-        config.training_args.use_amp = False
-        return config
-
-    utils.parse_args_to_dataclass = plain
-    try:
-        call()
-    finally:
-        utils.parse_args_to_dataclass = given
 
 
 ARMS: dict[str, Callable[..., nn.Module]] = {

@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from csv_rows import continue_rows, mean_and_error
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -165,17 +166,10 @@ def summary(path: Path) -> str:
                      + " | ".join(schemes) + " | seconds |")  # fmt: skip
         lines.append("|---" * (len(schemes) + 2) + "|")
         for arm in dict.fromkeys(key[1] for key in cells if key[0] == network):
-            texts = [_cell(cells.get((network, arm, scheme), [])) for scheme in schemes]
+            texts = [mean_and_error(cells.get((network, arm, scheme), [])) for scheme in schemes]
             lines.append(f"| {arm} | " + " | ".join(texts) + f" | {statistics.median(seconds[network, arm]):.0f} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{error}"
 
 
 def main() -> None:
@@ -191,25 +185,13 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="only print the tables of what is measured")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    done: set[tuple[str, ...]] = set()
-    if args.out.exists():
-        with args.out.open() as file:
-            done = {
-                (r["network"], r["arm"], r["scheme"], r["seed"], r["iterations"] or "None")
-                for r in csv.DictReader(file)
-            }
     if not args.summary:
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            if not done:
-                writer.writeheader()
-            for line in measure(args, done):
-                writer.writerow(line)
-                file.flush()
-                print(
-                    {k: line[k] for k in ("network", "arm", "scheme", "seed", "top1", "agreement", "seconds")},
-                    flush=True,
-                )
+        continue_rows(
+            args.out, FIELDS,
+            lambda r: (r["network"], r["arm"], r["scheme"], r["seed"], r["iterations"] or "None"),
+            lambda done: measure(args, done),
+            ("network", "arm", "scheme", "seed", "top1", "agreement", "seconds"),
+        )  # fmt: skip
     print(summary(args.out))
 
 

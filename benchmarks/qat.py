@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from csv_rows import continue_rows, mean_and_error
 from small_images import add_arguments, load_network
 from torch import nn
 from torch.utils.data import Subset
@@ -40,8 +40,6 @@ from planish.qat.ofq import OFQ
 from planish.training import TrainingSettings
 
 LR = {"vit": 2e-3}  # peak; chosen on held-out images among 5e-4, 1e-3, 2e-3, 4e-3. The other network has the default
-
-
 ALL_IMAGES = "all images"  # the suite that trains on all images that the network was trained on
 
 
@@ -177,15 +175,18 @@ def measure(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[di
     """The rows that are not there yet, the first seed of everything first."""
     for seed in args.seeds:
         for name in args.networks:
+            studies: dict[bool, Study] = {}  # by whether they have all training images
             for suite in args.suite:
-                study = Study(name, args, seed, everything=suite == ALL_IMAGES)
+                everything = suite == ALL_IMAGES
                 for arm in suites()[suite]:
                     if args.arms and arm.name not in args.arms:
                         continue
                     for scheme in arm.schemes:
                         key = (name, suite, arm.name, scheme, str(seed))
                         if scheme in args.schemes and key not in done:
-                            yield study.row(suite, arm, scheme)
+                            if everything not in studies:
+                                studies[everything] = Study(name, args, seed, everything)
+                            yield studies[everything].row(suite, arm, scheme)
 
 
 def summary(path: Path) -> str:
@@ -197,12 +198,6 @@ def summary(path: Path) -> str:
             cells[row["suite"], row["network"], row["arm"], row["scheme"]].append(100 * float(row["top1"]))
             float_top1[row["network"]] = f"{100 * float(row['fp_top1']):.2f}"
 
-    def text(values: list[float]) -> str:
-        if not values:
-            return ""
-        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{error}"
-
     lines = []
     for suite, network in dict.fromkeys(key[:2] for key in cells):
         mine = [key for key in cells if key[:2] == (suite, network)]
@@ -210,7 +205,9 @@ def summary(path: Path) -> str:
         lines.append(f"| {network}, {suite} (float {float_top1[network]}) | " + " | ".join(schemes) + " |")
         lines.append("|---" * (len(schemes) + 1) + "|")
         for arm in dict.fromkeys(key[2] for key in mine):
-            lines.append(f"| {arm} | " + " | ".join(text(cells[suite, network, arm, s]) for s in schemes) + " |")
+            lines.append(
+                f"| {arm} | " + " | ".join(mean_and_error(cells[suite, network, arm, s]) for s in schemes) + " |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -230,19 +227,11 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true", help="only print the tables of what is measured")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    done: set[tuple[str, ...]] = set()
-    if args.out.exists():
-        with args.out.open() as file:
-            done = {(r["network"], r["suite"], r["arm"], r["scheme"], r["seed"]) for r in csv.DictReader(file)}
     if not args.summary:
-        with args.out.open("a", newline="") as file:
-            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-            if not done:
-                writer.writeheader()
-            for row in measure(args, done):
-                writer.writerow(row)
-                file.flush()
-                print({k: row[k] for k in ("network", "arm", "scheme", "seed", "top1", "train_seconds")}, flush=True)
+        continue_rows(
+            args.out, FIELDS, lambda r: (r["network"], r["suite"], r["arm"], r["scheme"], r["seed"]),
+            lambda done: measure(args, done), ("network", "arm", "scheme", "seed", "top1", "train_seconds"),
+        )  # fmt: skip
     print(summary(args.out))
 
 

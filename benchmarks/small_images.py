@@ -11,10 +11,10 @@ trained on all 50,000 training images; what other scripts do with them, they do 
 from __future__ import annotations
 
 import argparse
-import gzip
 import io
 import itertools
 import json
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,9 @@ import torch
 from timm.models.resnet import BasicBlock
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
+from train_embedded import read_idx
+
 from planish.data import BatchedTensorDataset, calibration_subset, load_data, make_loader
 from planish.data.load import ImageData
 from planish.evaluation import evaluate
@@ -36,7 +39,6 @@ from planish.models.weights import state_hash
 from planish.training import TrainingSettings
 
 LOOK = Preprocessing(input_size=(3, 32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616), crop_pct=1.0)
-FASHION = ("images-idx3", "labels-idx1")  # parts of its files' names
 IMAGES = {"cifar10": "CIFAR-10 (JPEG)", "tin100": "Tiny-ImageNet-100, 32 px"}
 KEPT = 10_000  # training images that the studies use
 
@@ -125,10 +127,9 @@ def load_network(
     loaded = load_model(name)
     data = load_data(None, loaded.preprocessing, seed=seed)
     if everything:
-        images, labels = (gzip.decompress((args.fashion / f"train-{part}-ubyte.gz").read_bytes()) for part in FASHION)
-        data.train_labels = list(labels[8:])
-        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28).copy()
-        data.train = BatchedTensorDataset(pixels, data.train_labels, loaded.preprocessing, seed=seed)
+        images, labels = (read_idx(args.fashion / f"train-{p}-ubyte.gz") for p in ("images-idx3", "labels-idx1"))
+        data.train_labels = labels.tolist()
+        data.train = BatchedTensorDataset(images, data.train_labels, loaded.preprocessing, seed=seed)
     return loaded, data
 
 

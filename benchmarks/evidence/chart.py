@@ -1,16 +1,18 @@
 """The chart of docs/evidence.md: top-1 against bits, a column for each network, a row for each quantizer.
 
-python benchmarks/evidence/chart.py            # -> docs/evidence.png
+    python benchmarks/evidence/chart.py            # -> docs/evidence.png
+
+The figures are those of study.csv.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import statistics
-from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from study import Cells, read_top1
 
 from planish.report.svg import LIGHT, MARKERS, style
 
@@ -25,17 +27,6 @@ NETWORKS = {
 METHODS = {"rtn": "rounded to nearest", "fast": "fast"}
 ARMS = ("given", "averaged", "asam", "flat", "flat, without labels")
 SCHEMES = ("float", "w4a4", "w3a3", "w2a2")
-Cells = dict[tuple[str, str, str, str], list[float]]
-
-
-def read(path: Path) -> Cells:
-    """Top-1 in percent of every seed by network, method, arm and scheme."""
-    cells: dict[tuple[str, str, str, str], dict[str, float]] = defaultdict(dict)
-    with path.open() as file:
-        for row in csv.DictReader(file):
-            for scheme, key in ((row["scheme"], "top1"), ("float", "fp_top1")):
-                cells[row["model"], row["method"], row["arm"], scheme][row["seed"]] = 100 * float(row[key])
-    return {key: list(values.values()) for key, values in cells.items()}
 
 
 def draw(axes: Axes, cells: Cells, network: str, method: str) -> None:
@@ -63,7 +54,7 @@ def main() -> None:
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    cells = read(args.study)
+    cells = read_top1(args.study)
     with mpl.rc_context(style("#1d2127", "#d5d8de")):
         figure = Figure(figsize=(12, 6), layout="constrained", facecolor="white")
         grid = figure.subplots(len(METHODS), len(NETWORKS), sharex=True, sharey="col")

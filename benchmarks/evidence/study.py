@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import csv
-import statistics
 import sys
 import time
 from collections import defaultdict
@@ -29,6 +28,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from csv_rows import continue_rows, mean_and_error
 from small_images import add_arguments, load_network
 
 from planish.data import calibration_subset, make_loader
@@ -40,6 +40,7 @@ from planish.training import TrainingSettings
 
 PREPARED = ("w4a4", "w3a3", "w2a4")  # the schemes whose errors a flat arm is trained under, one step one scheme
 SCHEMES = ("w8a8", "w6a6", "w4a4", "w3a3", "w2a4", "w2a2")
+Cells = dict[tuple[str, str, str, str], list[float]]  # network, method, arm, scheme
 KURE, GRADIENT_L1 = 1.0, 1e-3  # candidates, not chosen on held-out images yet (benchmarks/forms.py)
 FIELDS = ["model", "checkpoint", "arm", "seed", "scheme", "method", "fp_top1", "top1", "nll", "ece", "flip_rate",
           "epochs", "train_images", "test_images", "calibration_images", "batch_size", "threads", "quantize_seconds",
@@ -146,27 +147,26 @@ def measure(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[di
                     yield from study.rows(arm, settings, wanted)
 
 
-def summary(path: Path) -> str:
-    """Top-1 in percent, mean and standard error over the seeds, a table for each network and method."""
+def read_top1(path: Path) -> Cells:
+    """Top-1 in percent of every seed by network, method, arm and scheme; that in float under the scheme "float"."""
     cells: dict[tuple[str, str, str, str], dict[str, float]] = defaultdict(dict)
     with path.open() as file:
         for row in csv.DictReader(file):
             for scheme, key in ((row["scheme"], "top1"), ("float", "fp_top1")):
                 cells[row["model"], row["method"], row["arm"], scheme][row["seed"]] = 100 * float(row[key])
+    return {key: list(values.values()) for key, values in cells.items()}
 
-    def text(values: list[float]) -> str:
-        if not values:
-            return ""
-        error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-        return f"{statistics.mean(values):.2f}{error}"
 
+def summary(path: Path) -> str:
+    """Top-1 in percent, mean and standard error over the seeds, a table for each network and method."""
+    cells = read_top1(path)
     lines = []
     for model, method in dict.fromkeys(key[:2] for key in cells):
         mine = [key for key in cells if key[:2] == (model, method)]
         schemes = [s for s in ("float", *SCHEMES) if any(key[3] == s for key in mine)]
         lines += [f"| {model}, {method} | " + " | ".join(schemes) + " |", "|---" * (len(schemes) + 1) + "|"]
         for arm in dict.fromkeys(key[2] for key in mine):
-            found = [text(list(cells.get((model, method, arm, s), {}).values())) for s in schemes]
+            found = [mean_and_error(cells.get((model, method, arm, s), [])) for s in schemes]
             lines.append(f"| {arm} | " + " | ".join(found) + " |")
         lines.append("")
     return "\n".join(lines)
@@ -193,18 +193,10 @@ def main() -> None:
         return
     torch.set_num_threads(args.threads)
     args.networks_folder.mkdir(parents=True, exist_ok=True)
-    done = set()
-    if args.out.exists():
-        with args.out.open() as file:
-            done = {(r["model"], r["arm"], r["seed"], r["scheme"], r["method"]) for r in csv.DictReader(file)}
-    with args.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if not done:
-            writer.writeheader()
-        for row in measure(args, done):
-            writer.writerow(row)
-            file.flush()
-            print({k: row[k] for k in ("model", "arm", "seed", "scheme", "method", "fp_top1", "top1")}, flush=True)
+    continue_rows(
+        args.out, FIELDS, lambda r: (r["model"], r["arm"], r["seed"], r["scheme"], r["method"]),
+        lambda done: measure(args, done), ("model", "arm", "seed", "scheme", "method", "fp_top1", "top1"),
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

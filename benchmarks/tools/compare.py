@@ -9,8 +9,8 @@ process for each row: 512 calibration images of Fashion-MNIST's training images 
 thread; 2,000 official test images to measure on. Weights have a scale for each output channel, inputs of layers one
 scale each, the first and the last layer keep 8 bits; where a tool departs from that, its ``run_TOOL.py`` says how, and
 what it leaves in float. Schemes that a tool does not offer are not among its own in ``TOOLS``. Seconds are processor
-time of the tool's calls, without imports and compilation. NNCF and quanto compile an extension
-at their first start and keep it in torch's cache of extensions.
+time of the tool's calls, without imports and compilation. NNCF and quanto compile an extension at their first start and
+keep it in torch's cache of extensions.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ import json
 import os
 import statistics
 import subprocess
+import sys
 import venv
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from csv_rows import continue_rows, mean_and_error
 
 HERE = Path(__file__).resolve().parent
 ALL = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4", "w2a2")
@@ -105,17 +109,10 @@ def row(tool: str, method: str, network: str, scheme: str, seed: int, args: argp
     env = {**os.environ, "OMP_NUM_THREADS": str(args.threads), "CUDA_VISIBLE_DEVICES": ""}
     env.pop("PYTHONPATH", None)
     ended = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    found = {
-        "network": network,
-        "tool": tool,
-        "method": method,
-        "scheme": scheme,
-        "seed": seed,
-        "threads": args.threads,
-    }
+    who = {"network": network, "tool": tool, "method": method, "scheme": scheme, "seed": seed, "threads": args.threads}
     if ended.returncode:
-        return found | {"error": (ended.stderr.strip().splitlines() or ["no message"])[-1][:200]}
-    return found | json.loads(ended.stdout.strip().splitlines()[-1])
+        return who | {"error": (ended.stderr.strip().splitlines() or ["no message"])[-1][:200]}
+    return who | json.loads(ended.stdout.strip().splitlines()[-1])
 
 
 def measure(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[dict[str, Any]]:
@@ -151,17 +148,10 @@ def summary(path: Path, seeds: list[int]) -> str:
             "|---" * (len(ALL) + 2) + "|",
         ]
         for who in dict.fromkeys(w for n, w, _ in top1 if n == network):
-            cells = [_cell(top1.get((network, who, scheme), [])) for scheme in ALL]
+            cells = [mean_and_error(top1.get((network, who, scheme), [])) for scheme in ALL]
             lines.append(f"| {who} | " + " | ".join(cells) + f" | {statistics.median(seconds[network, who]):.0f} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _cell(values: list[float]) -> str:
-    if not values:
-        return ""
-    error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.2f}{error}"
 
 
 def main() -> None:
@@ -180,21 +170,11 @@ def main() -> None:
         print(summary(args.out, args.seeds))
         return
     args.environments.mkdir(parents=True, exist_ok=True)
-    done: set[tuple[str, ...]] = set()
-    if args.out.exists():
-        with args.out.open() as file:
-            done = {(r["network"], r["tool"], r["method"], r["scheme"], r["seed"]) for r in csv.DictReader(file)}
-    with args.out.open("a", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        if not done:
-            writer.writeheader()
-        for line in measure(args, done):
-            writer.writerow(line)
-            file.flush()
-            print(
-                {k: line.get(k) for k in ("tool", "method", "network", "scheme", "seed", "top1", "seconds", "error")},
-                flush=True,
-            )
+    continue_rows(
+        args.out, FIELDS, lambda r: (r["network"], r["tool"], r["method"], r["scheme"], r["seed"]),
+        lambda done: measure(args, done),
+        ("tool", "method", "network", "scheme", "seed", "top1", "seconds", "error"),
+    )  # fmt: skip
     print(summary(args.out, args.seeds))
 
 
