@@ -30,5 +30,5 @@ def test_settings_reach_the_passes_that_have_them():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(PlanishError, match=r"method 'best' is not known: choose one of rtn, gptq"):
+    with pytest.raises(PlanishError, match=r"method 'best' is not known: choose one of rtn, matched, gptq"):
         get_method("best")

@@ -8,10 +8,18 @@ from planish.errors import PlanishError
 from planish.functional import quantize as codes_of
 from planish.network import taps_of
 from planish.ptq import Calibrate, FoldBatchNorm, Round
-from planish.ptq.outputs import KeepFloat, Moments, change_outputs, float_twin, layers_of, output_moments
+from planish.ptq.outputs import (
+    KeepFloat,
+    Moments,
+    change_layers,
+    change_outputs,
+    float_twin,
+    layers_of,
+    output_moments,
+)
 from planish.scheme import Format, Scheme
 from tests.network.zoo import build, image
-from tests.ptq.work import network, work
+from tests.ptq.work import NETWORKS, network, state, work
 
 RTN = (FoldBatchNorm(), Calibrate(), Round())
 X = image(8, channels=4)
@@ -128,3 +136,43 @@ def test_the_float_network_is_found_in_latent_weights_or_in_what_was_kept():
     kept = work(model, batches, passes=[FoldBatchNorm(), KeepFloat(), *RTN[1:], damage])
     with torch.no_grad():
         torch.testing.assert_close(float_twin(kept)(x), model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("scheme", ["w3a3", "w2"])
+def test_the_walk_hands_out_what_running_anew_does(name, scheme, monkeypatch):
+    model, batches = network(name)
+    found = {}
+    for way in ("walked", "anew"):
+        calibration, seen = work(model, batches, scheme, RTN), []
+
+        def change(layer, exact, now, seen=seen):
+            seen.append((layer.path, exact.mean, exact.variance, now.mean, now.variance))
+            change_outputs(layer, None, exact.mean - now.mean + 0.1)
+
+        if way == "anew":
+            monkeypatch.setattr("planish.ptq.outputs._halts", lambda *_: None)
+        assert change_layers(calibration, change) == len(layers_of(calibration)) == len(seen)
+        found[way] = seen, state(calibration.model)
+    for one, other in zip(found["walked"][0], found["anew"][0], strict=True):
+        assert one[0] == other[0]
+        torch.testing.assert_close(one[1:], other[1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(found["walked"][1], found["anew"][1], rtol=1e-4, atol=1e-5)
+
+
+def test_layers_that_run_twice_are_handed_out_once():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.body, self.head = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 2)
+
+        def forward(self, x):
+            return self.head(self.body(self.body(self.first(x)).relu()))
+
+    torch.manual_seed(0)
+    x, calls = torch.randn(30, 6), {}
+    calibration = work(Twice().eval(), [x, x], "w3a3", RTN)
+    assert change_layers(calibration, lambda layer, exact, now: calls.update({layer.path: (exact, now)})) == 3
+    assert {path: (exact.calls, now.calls) for path, (exact, now) in calls.items()} == {
+        "first": (2, 2), "body": (4, 4), "head": (2, 2)
+    }  # fmt: skip

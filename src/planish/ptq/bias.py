@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planish.ptq.outputs import change_outputs, float_twin, layers_of, output_moments
+from planish.ptq.outputs import Layer, Moments, change_layers, change_outputs
 from planish.ptq.passes import Calibration
 
 
@@ -23,14 +23,8 @@ class CorrectBias:
     name = "correct-bias"
 
     def __call__(self, calibration: Calibration) -> None:
-        layers = layers_of(calibration)
-        if not layers:
+        def shift(layer: Layer, exact: Moments, now: Moments) -> None:
+            change_outputs(layer, None, exact.mean - now.mean)
+
+        if not change_layers(calibration, shift):
             calibration.note(self.name, "no layer can take a bias")
-            return
-        model, batches = calibration.model, calibration.batches
-        exact = output_moments(float_twin(calibration), [layer.path for layer in layers], batches)
-        for layer in layers:
-            if layer.path in exact:
-                once = exact[layer.path].calls == len(batches)
-                now = output_moments(model, [layer.path], batches, stop=once)[layer.path]
-                change_outputs(layer, None, exact[layer.path].mean - now.mean)

@@ -22,6 +22,7 @@ from planish.ptq.ridge import RidgeCorrection
 from planish.ptq.rotate import Rotate
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
 from planish.ptq.splitting import SplitOutliers
+from planish.ptq.statistics import MatchStatistics
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,12 @@ METHODS = {
             "calibrated rounding to nearest: fold BatchNorm, set activation ranges, round the weights",
             "Jacob et al. 2018, arXiv 1712.05877",
             lambda: [FoldBatchNorm(), Calibrate(), Round()],
+        ),
+        Method(
+            "matched",
+            "rtn, then mean and variance of every layer's output channels brought back to the float network's",
+            "Hubara et al. 2020, arXiv 2006.10518",
+            lambda: [FoldBatchNorm(), Calibrate(), Round(), MatchStatistics()],
         ),
         Method(
             "gptq",

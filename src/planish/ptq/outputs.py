@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +22,9 @@ from planish.network import detach
 from planish.network.batches import call_model
 from planish.network.folding import same_outputs
 from planish.network.taps import taps_of
+from planish.ptq.layers import LayerCall, layer_weights
 from planish.ptq.passes import Calibration, run_logits
+from planish.ptq.walk import visit_layers
 from planish.quantizers import UniformQuantizer
 
 _TRANSPOSED = nn.modules.conv._ConvTransposeNd
@@ -220,3 +222,54 @@ def output_moments(
             with suppress(_Enough):
                 call_model(model, batch)
     return found
+
+
+Change = Callable[[Layer, Moments, Moments], None]
+
+
+@torch.no_grad()
+def change_layers(calibration: Calibration, change: Change, *, memory: float = 4.0) -> int:
+    """Hand out the layers in the order of execution, each with the moments of its outputs in float and as they are now.
+
+    "Now" is in the network with the layers before it changed already. Every batch is taken from block to block
+    (``ptq/walk.py``); where a layer runs several times in a forward pass, or the walk cannot halt at one, the network
+    is run anew up to each layer instead.
+
+    Args:
+        change: called with the layer and both moments; what it does to the layer, the next ones see.
+        memory: gigabytes of outputs of blocks, for all images, that are held in memory; beyond it, in temporary files.
+
+    Returns:
+        How many layers ran and were handed out.
+
+    Raises:
+        PlanishError: as :func:`float_twin`.
+    """
+    layers, model, batches = layers_of(calibration), calibration.model, calibration.batches
+    if not layers:
+        return 0
+    exact = output_moments(float_twin(calibration), [layer.path for layer in layers], batches)
+    layers = [layer for layer in layers if layer.path in exact]
+    once = all(exact[layer.path].calls == len(batches) for layer in layers)
+    places = _halts(calibration, layers) if once else None
+    if places is None:
+        for layer in layers:
+            stop = exact[layer.path].calls == len(batches)
+            change(layer, exact[layer.path], output_moments(model, [layer.path], batches, stop)[layer.path])
+        return len(layers)
+
+    def decide(site: str, calls: Iterable[tuple[LayerCall, ...]]) -> None:
+        layer, now = places[site], Moments()
+        for (call,) in calls:
+            now.add(layer.module, call.output())
+        change(layer, exact[layer.path], now)
+
+    visit_layers([model], calibration.assignment.products, batches, places, decide, memory=memory, rounded=True)
+    return len(layers)
+
+
+def _halts(calibration: Calibration, layers: Sequence[Layer]) -> dict[str, Layer] | None:
+    """The layers by the sites of their weights; ``None`` if a walk cannot halt at each of them."""
+    by_module = {(site.owner, site.slot): name for name, site in layer_weights(calibration.assignment).items()}
+    places = {by_module.get((layer.path, "weight")): layer for layer in layers}
+    return None if None in places else places  # type: ignore[return-value]

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from planish.errors import PlanishError
-from planish.ptq.outputs import Moments, change_outputs, float_twin, layers_of, output_moments
+from planish.ptq.outputs import Layer, Moments, change_layers, change_outputs
 from planish.ptq.passes import Calibration
+from planish.ptq.walk import check_memory
 
 
 def matching_affine(exact: Moments, now: Moments, limit: float) -> tuple[Tensor, Tensor]:
@@ -36,33 +37,33 @@ class MatchStatistics:
 
     Attributes:
         limit: a factor stays in [1 / limit, limit].
+        memory: gigabytes of outputs of blocks that are held in memory; beyond it, in temporary files.
 
     Raises:
-        PlanishError: the limit is below 1, or an earlier pass has changed the float weights and no ``KeepFloat`` came
-            before it.
+        PlanishError: an option is out of range, or an earlier pass has changed the float weights and no ``KeepFloat``
+            came before it.
     """
 
     limit: float = 4.0
+    memory: float = 4.0
     name = "match-statistics"
 
     def __post_init__(self) -> None:
+        check_memory(self.name, self.memory)
         if not self.limit >= 1:
             raise PlanishError(f"limit is {self.limit}: factors stay in [1 / limit, limit], so give at least 1.")
 
     def __call__(self, calibration: Calibration) -> None:
-        layers = layers_of(calibration)
-        model, batches = calibration.model, calibration.batches
-        exact = output_moments(float_twin(calibration), [layer.path for layer in layers], batches) if layers else {}
         whole = 0
-        for layer in layers:
-            if layer.path not in exact:
-                continue
-            once = exact[layer.path].calls == len(batches)
-            now = output_moments(model, [layer.path], batches, stop=once)[layer.path]
+
+        def match(layer: Layer, exact: Moments, now: Moments) -> None:
+            nonlocal whole
             if layer.tap is None:
-                change_outputs(layer, None, exact[layer.path].mean - now.mean)
+                change_outputs(layer, None, exact.mean - now.mean)
             else:
-                change_outputs(layer, *matching_affine(exact[layer.path], now, self.limit))
+                change_outputs(layer, *matching_affine(exact, now, self.limit))
                 whole += 1
-        text = f"mean and variance of {whole} layers and the mean of {len(exact) - whole} more were matched"
+
+        found = change_layers(calibration, match, memory=self.memory)
+        text = f"mean and variance of {whole} layers and the mean of {found - whole} more were matched"
         calibration.note(self.name, text)

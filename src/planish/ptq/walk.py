@@ -32,14 +32,15 @@ Decide = Callable[[str, Iterable[tuple[LayerCall, ...]]], None]
 
 
 class _Mark(nn.Module):
-    """Lets the parameter pass, with the name of its site."""
+    """Lets the parameter pass, through its tap if there is one, with the name of its site."""
 
-    def __init__(self, site: str) -> None:
+    def __init__(self, site: str, tap: nn.Module | None) -> None:
         super().__init__()
-        self.site = site
+        self.site, self.tap = site, tap
 
     def forward(self, x: Tensor) -> Tensor:
-        marked: Any = x.detach()  # the same memory: what is decided about the parameter is seen here
+        # without a tap the same memory: what is decided about the parameter is seen here
+        marked: Any = (x if self.tap is None else self.tap(x)).detach()
         marked.planish_site = self.site
         return marked  # type: ignore[no-any-return]
 
@@ -168,12 +169,13 @@ def visit_layers(
     decide: Decide,
     *,
     memory: float = 4.0,
+    rounded: bool = False,
 ) -> set[str]:
     """Take all images through the networks, as far as each of the layers in turn, in the order of execution.
 
     Args:
         networks: of the same structure; each keeps the taps that it has, except those on ``wanted`` weights, which
-            are used as they are until the walk is over. The taps see images more than once.
+            are used as they are until the walk is over (but see ``rounded``). The taps see images more than once.
         products: of these networks.
         wanted: names of the sites of weights that are parameters.
         decide: called with the site and its calls, one tuple a batch, with the call in each network. They are computed
@@ -181,6 +183,7 @@ def visit_layers(
             into the parameters is what the images go on with. A weight that is used more than once is decided at its
             first use.
         memory: gigabytes of outputs of blocks, for all images, that are held in memory; beyond it, in temporary files.
+        rounded: ``wanted`` weights keep their taps, too.
 
     Returns:
         The sites that were visited. A weight is left out if what multiplies with it is not one of ``OPERATORS``.
@@ -192,7 +195,11 @@ def visit_layers(
     shelf = Shelf(memory * 1e9)
 
     def marked(taps: dict[str, nn.Module]) -> Callable[[Site], nn.Module | None]:
-        return lambda site: _Mark(site.name) if site.name in wanted else taps.get(site.name)
+        def tap(site: Site) -> nn.Module | None:
+            own = taps.get(site.name)
+            return _Mark(site.name, own if rounded else None) if site.name in wanted else own
+
+        return tap
 
     try:
         walk = _Walk(networks, batches, _units(networks[0], products, batches), shelf)
