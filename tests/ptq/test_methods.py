@@ -1,6 +1,8 @@
 """The list of methods, each of which is a list of passes."""
 
 import pytest
+import torch
+from torch import nn
 
 from planish.errors import PlanishError
 from planish.ptq import METHODS, Calibrate, Reconstruct, Round, get_method, quantize, with_settings
@@ -15,6 +17,33 @@ def test_every_method_quantizes(name):
     assert quantized.planish_assignment.scheme.name == "w4a4"
     assert METHODS[name].summary
     assert METHODS[name].paper
+
+
+class InPlace(nn.Module):
+    """Activations that follow a place where the network can be cut, and are not idempotent."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.act, self.head = nn.Hardswish(inplace=inplace), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.act(self.stem(x))
+        x = x + self.second(self.act(self.first(x)))
+        return self.head(self.act(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_layers_that_work_in_place_give_the_same(name):
+    torch.manual_seed(1)
+    batches = [4 * torch.randn(6, 1, 8, 8) for _ in range(2)]
+    passes = with_settings(METHODS[name].passes(), iterations=3, batch=4)
+    usual, ours = (quantize(InPlace(inplace).eval(), batches, "w3a3", passes) for inplace in (False, True))
+    for key, value in usual.state_dict().items():
+        torch.testing.assert_close(
+            ours.state_dict()[key], value, rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}"
+        )
 
 
 def test_a_list_is_made_anew():

@@ -25,9 +25,16 @@ class _Reached(Exception):
 
 
 @contextmanager
-def returning(module: nn.Module, value: Any) -> Iterator[None]:
-    """The module does not run, but returns ``value``."""
-    module.__dict__["forward"] = lambda *args, **kwargs: value
+def returning(module: nn.Module, link: Unit, images: Tensor, *, zeros: bool = False) -> Iterator[None]:
+    """The module of a link does not run, but returns ``images`` (a row an image), or zeros for as many.
+
+    Every call gives a new tensor, because what follows the link may work in place on it.
+    """
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return link.returned(images.new_zeros(len(images), *link.shape[1:]) if zeros else images.clone())
+
+    module.__dict__["forward"] = forward
     try:
         yield
     finally:
@@ -182,10 +189,8 @@ class Flow:
         with ExitStack() as stack:
             for i, unit in enumerate(self.units[: index + inclusive]):
                 for link in (*unit.before, unit) if unit.link else ():
-                    given = value if i == index and link is unit else None
-                    if given is None:
-                        given = value.new_zeros(()).expand(len(value), *link.shape[1:])
-                    stack.enter_context(returning(model.get_submodule(link.path), link.returned(given)))
+                    zeros = i != index or link is not unit
+                    stack.enter_context(returning(model.get_submodule(link.path), link, value, zeros=zeros))
             yield
 
     @torch.no_grad()
@@ -212,7 +217,7 @@ class Flow:
         """The output of a unit for every image."""
         result, at, device = None, 0, _device(self.batches[0])
         for size in self.sizes:
-            z = self.run(which, index, inputs[at : at + size].to(device))
+            z = self.run(which, index, inputs[at : at + size].to(device, copy=True))  # it may work in place
             result = self.shelf.room(self.images, z.shape[1:]) if result is None else result
             result[at : at + size] = z
             at += size

@@ -148,16 +148,12 @@ class _Walk:
     def _from_the_cut(self, network: int, batch: int) -> ExitStack:
         """The link at the cut gives what it gave, and those before it, whose outputs do not matter, zeros."""
         stack, model = ExitStack(), self.networks[network]
+        if self.known >= 0:
+            device = next((p.device for p in model.parameters()), None)
+            value = self.cached[network][self.rows[batch]].to(device, self.dtype)
         for i, unit in enumerate(self.units[: self.known + 1]):
-            if i == self.known:
-                device = next((p.device for p in model.parameters()), None)
-                value = self.cached[network][self.rows[batch]].to(device, self.dtype)
-            elif unit.link:
-                value = torch.zeros((), dtype=self.dtype, device=next(model.parameters()).device)
-                value = value.expand(self.rows[batch].stop - self.rows[batch].start, *unit.shape[1:])
-            else:
-                continue
-            stack.enter_context(returning(model.get_submodule(unit.path), unit.returned(value)))
+            if i == self.known or unit.link:
+                stack.enter_context(returning(model.get_submodule(unit.path), unit, value, zeros=i != self.known))
         return stack
 
 
