@@ -24,8 +24,8 @@ NETWORKS = {
     "convnet": "convolutional,\nFashion-MNIST", "vit": "transformer,\nFashion-MNIST",
     "cifar10-resnet20": "ResNet-20,\nCIFAR-10 (JPEG)", "tin100-resnet20": "ResNet-20,\nTiny-ImageNet-100",
 }  # fmt: skip
-METHODS = {"rtn": "rounded to nearest", "fast": "fast"}
-ARMS = ("given", "averaged", "asam", "flat", "flat, without labels")
+METHODS = {"rtn": "rounded to nearest", "matched": "matched", "fast": "fast"}
+ARMS = ("given", "averaged", "asam", "flat", "flat, without labels", "flat, without labels, batch statistics")
 SCHEMES = ("float", "w4a4", "w3a3", "w2a2")
 
 
@@ -36,7 +36,7 @@ def draw(axes: Axes, cells: Cells, network: str, method: str) -> None:
         if not any(points[1:]):
             continue
         axes.errorbar(
-            [x + 0.05 * (index - 2) for x in range(len(SCHEMES))],
+            [x + 0.05 * (index - 2.5) for x in range(len(SCHEMES))],
             [statistics.mean(p) if p else float("nan") for p in points],
             yerr=[statistics.stdev(p) / len(p) ** 0.5 if len(p) > 1 else 0.0 for p in points],
             label=arm, color=LIGHT[index], marker=MARKERS[index], markersize=4.5, capsize=2, linewidth=1.4,
@@ -56,7 +56,7 @@ def main() -> None:
 
     cells = read_top1(args.study)
     with mpl.rc_context(style("#1d2127", "#d5d8de")):
-        figure = Figure(figsize=(12, 6), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(12, 8.5), layout="constrained", facecolor="white")
         grid = figure.subplots(len(METHODS), len(NETWORKS), sharex=True, sharey="col")
         for row, (method, title) in zip(grid, METHODS.items(), strict=True):
             for axes, (network, name) in zip(row, NETWORKS.items(), strict=True):
@@ -64,7 +64,7 @@ def main() -> None:
                 if method == "rtn":
                     axes.set_title(name, loc="left")
             row[0].set_ylabel(f"{title}\ntop-1 (%)")
-        handles, names = grid[0][0].get_legend_handles_labels()
+        handles, names = max((axes.get_legend_handles_labels() for axes in grid.flat), key=lambda found: len(found[1]))
         figure.legend(handles, names, loc="outside lower center", ncols=len(ARMS), frameon=False)
         figure.savefig(args.out, format="png", dpi=110, metadata={"Software": None})
 

@@ -55,6 +55,7 @@ def arms(training: TrainingSettings) -> dict[str, FlattenSettings | None]:
     gaussian = replace(clipped, weight_noise="differential", activation_noise="gaussian")
     rounded = replace(flat, weight_noise="none", activation_part=1.0, share=1.0, until=1.0)
     unlabelled: dict[str, Any] = {"task": 0.0, "distillation": 1.0}
+    free = replace(flat, training=replace(training, freeze_batchnorm=False))
     return {
         "given": None,
         "tuned": plain(training),
@@ -78,6 +79,8 @@ def arms(training: TrainingSettings) -> dict[str, FlattenSettings | None]:
         "flat, not averaged": replace(flat, averaging=None),
         "flat, distilled": replace(flat, distillation=1.0),
         "flat, without labels": replace(flat, **unlabelled),
+        "flat, batch statistics": free,
+        "flat, without labels, batch statistics": replace(free, **unlabelled),
     }
 
 

@@ -43,6 +43,7 @@ RUN = ["--arms", "given", "--schemes", "w4a4", "--out", "run"]
         (["--arms", "flat", "--lr", "-0.1"], ("lr is -0.1",)),
         (["--arms", "flat", "--lr", "nan"], ("lr is nan",)),
         (["--arms", "flat", "--distillation", "-1"], ("distillation is -1",)),
+        (["--arms", "flat", "--labels", "0"], ("labels is 0", "--distillation 1")),
         (["--batch-size", "0"], ("batch-size is 0",)),
         (["--workers", "-1"], ("workers is -1",)),
         (["--threads", "-1"], ("threads is -1",)),

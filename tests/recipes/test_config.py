@@ -75,3 +75,13 @@ def test_every_arm_has_settings_of_the_same_budget():
             assert (settings.training.epochs, settings.training.lr, settings.training.seed) == (3, 0.1, 5)
     with pytest.raises(PlanishError, match="'none' is not known: choose from given"):
         arm_settings("none", train, NoiseOptions(), 0)
+
+
+def test_what_the_flat_arm_learns_from_and_how_it_normalizes():
+    train = TrainOptions()
+    usual = arm_settings("flat", train, NoiseOptions(), 0)
+    assert (usual.task, usual.distillation, usual.training.freeze_batchnorm) == (1.0, 0.0, True)
+    noise = NoiseOptions(labels=0.0, distillation=1.0, batch_statistics=True)
+    other = arm_settings("flat", train, noise, 0)
+    assert (other.task, other.distillation, other.training.freeze_batchnorm) == (0.0, 1.0, False)
+    assert arm_settings("averaged", train, noise, 0) == arm_settings("averaged", train, NoiseOptions(), 0)

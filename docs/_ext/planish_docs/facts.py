@@ -19,7 +19,6 @@ from planish.flattening.activation_noise import KINDS as ACTIVATION_KINDS
 from planish.flattening.weight_noise import KINDS as WEIGHT_KINDS
 from planish.ptq import METHODS as PTQ
 from planish.ptq.assign_bits import AssignBits
-from planish.ptq.statistics import MatchStatistics
 from planish.qat import METHODS as QAT
 from planish.qat.options import option_docs
 from planish.recipes.arms import ARMS
@@ -27,17 +26,12 @@ from planish_docs import measured
 from planish_docs.tables import grid
 
 MARK = re.compile(r"^<!-- (facts|methods|compare|latency): (.+) -->$", re.MULTILINE)
-# passes that no method holds, with the option or the list that brings them in
+# passes that no method holds, with the option that brings them in
 LOOSE: dict[str, tuple[type, str, str]] = {
     "assign-bits": (
         AssignBits,
         "bits of each layer chosen within a budget (`--budget`)",
         "HAWQ-V3, Yao et al. 2021, arXiv 2011.10680; Hubara et al. 2020, arXiv 2006.10518",
-    ),
-    "match-statistics": (
-        MatchStatistics,
-        "mean and variance of every output channel brought back to the float network's",
-        "Hubara et al. 2020, arXiv 2006.10518",
     ),
 }
 # the fields of FlattenSettings that are the options of a law of noise or of an arm

@@ -53,5 +53,6 @@ def arm_settings(arm: str, train: TrainOptions, noise: NoiseOptions, seed: int) 
         return replace(base, sam=0.05)
     return FlattenSettings(
         weight_noise=noise.weight_noise, activation_noise=noise.activation_noise, distillation=noise.distillation,
-        output_error=noise.output_error, training=training,
+        task=noise.labels, output_error=noise.output_error,
+        training=replace(training, freeze_batchnorm=not noise.batch_statistics),
     )  # fmt: skip

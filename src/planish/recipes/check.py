@@ -77,9 +77,12 @@ def check_training(train: TrainOptions, noise: NoiseOptions) -> None:
     _one_of("mixed-precision", train.mixed_precision, ("no", "bf16", "fp16"))
     _one_of("weight-noise", noise.weight_noise, WEIGHT_KINDS)
     _one_of("activation-noise", noise.activation_noise, ACTIVATION_KINDS)
-    for name, weight in (("distillation", noise.distillation), ("output-error", noise.output_error)):
+    weights = {"labels": noise.labels, "distillation": noise.distillation, "output-error": noise.output_error}
+    for name, weight in weights.items():
         if not (math.isfinite(weight) and weight >= 0):
             raise PlanishError(f"{name} is {weight}: its weight is a number from 0 on")
+    if not any(weights.values()):
+        raise PlanishError("labels is 0, and so is all else to learn from: give --distillation 1, which reads none")
 
 
 def _one_of(what: str, name: str, known: Collection[str]) -> None:

@@ -63,6 +63,11 @@ class NoiseOptions:
     """none, gaussian, uniform or residual"""
     distillation: float = 0.0
     """weight of the distillation from the given network"""
+    labels: float = 1.0
+    """weight of the cross-entropy with the labels; 0, with a distillation, reads none"""
+    batch_statistics: bool = False
+    """BatchNorm normalizes by its batches: for a quantizer that brings the means and deviations of channels back
+    (matched, fast), not for plain rounding"""
     output_error: float = 0.0
     """weight of the error between clean and perturbed outputs"""
 
@@ -103,7 +108,7 @@ class RunConfig:
     """given, tuned, averaged, sam, flat"""
     schemes: Annotated[tuple[str, ...], arg(metavar="SCHEME [SCHEME ...]")] = ("w4a4", "w3a3", "w2a4")
     """quantization schemes, such as w8a8 w4a4 w3"""
-    methods: Annotated[tuple[str, ...], arg(metavar="METHOD [METHOD ...]")] = ("rtn",)
+    methods: Annotated[tuple[str, ...], arg(metavar="METHOD [METHOD ...]")] = ("rtn", "fast")
     """quantization methods; `planish methods` lists them"""
     prepare: Annotated[tuple[str, ...], arg(metavar="SCHEME [SCHEME ...]", help_behavior_hint="")] = ()
     """schemes whose errors the flat arm is trained under, one at a time at random; default: those of --schemes"""
