@@ -43,7 +43,7 @@ def test_every_command_of_the_readme_parses():
 
     text = README.read_text(encoding="utf-8")
     commands = re.findall(
-        r"^(planish (?:run|flatten|quantize|evaluate|diagnose|compare|methods).*?)(?:  .*)?$", text, re.MULTILINE
+        r"^(planish (?:run|flatten|quantize|evaluate|diagnose|compare|methods)\b.*?)(?:  .*)?$", text, re.MULTILINE
     )
     assert len(commands) >= 6
     for command in commands:

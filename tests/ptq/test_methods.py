@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
 
 from planish.errors import PlanishError
 from planish.ptq import METHODS, Calibrate, Reconstruct, Round, get_method, quantize, with_settings
@@ -19,27 +18,12 @@ def test_every_method_quantizes(name):
     assert METHODS[name].paper
 
 
-class InPlace(nn.Module):
-    """Activations that follow a place where the network can be cut, and are not idempotent."""
-
-    def __init__(self, inplace):
-        super().__init__()
-        torch.manual_seed(0)
-        self.stem, self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
-        self.act, self.head = nn.Hardswish(inplace=inplace), nn.Linear(4, 3)
-
-    def forward(self, x):
-        x = self.act(self.stem(x))
-        x = x + self.second(self.act(self.first(x)))
-        return self.head(self.act(x).mean((2, 3)))
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_layers_that_work_in_place_give_the_same(name):
     torch.manual_seed(1)
     batches = [4 * torch.randn(6, 1, 8, 8) for _ in range(2)]
     passes = with_settings(METHODS[name].passes(), iterations=3, batch=4)
-    usual, ours = (quantize(InPlace(inplace).eval(), batches, "w3a3", passes) for inplace in (False, True))
+    usual, ours = (quantize(tiny.InPlace(inplace).eval(), batches, "w3a3", passes) for inplace in (False, True))
     for key, value in usual.state_dict().items():
         torch.testing.assert_close(
             ours.state_dict()[key], value, rtol=0, atol=0, msg=lambda text, key=key: f"{key}: {text}"

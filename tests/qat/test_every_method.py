@@ -63,6 +63,14 @@ def test_a_seed_decides_everything(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
+def test_layers_that_work_in_place_give_the_same(name):
+    def run(inplace):
+        return train_quantized(tiny.InPlace(inplace), tiny.loader(), "w3a3", name, settings=SETTINGS, seed=0)
+
+    assert tiny.same(run(False), run(True))
+
+
+@pytest.mark.parametrize("name", METHODS)
 def test_interrupted_and_resumed_it_is_the_same(name, tmp_path):
     settings = QATSettings(averaging=0.9, training=tiny.settings(epochs=2, optimizer="adamw", lr=0.003))
 

@@ -68,3 +68,18 @@ def same(a, b):
     """Whether two models hold the same state, bit for bit."""
     a, b = a.state_dict(), b.state_dict()
     return list(a) == list(b) and all(torch.equal(a[key], b[key]) for key in a)
+
+
+class InPlace(nn.Module):
+    """Activations that follow a place where the network can be cut, and are not idempotent."""
+
+    def __init__(self, inplace):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.first, self.second = nn.Conv2d(1, 4, 3), nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1)
+        self.act, self.head = nn.Hardswish(inplace=inplace), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.act(self.stem(x))
+        x = x + self.second(self.act(self.first(x)))
+        return self.head(self.act(x).mean((2, 3)))

@@ -51,7 +51,7 @@ class Outputs:
 
     def _keeper(self, path: str) -> OwnHook:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.kept[path] = output
+            self.kept[path] = output.clone()  # what follows may work in place on it
 
         return OwnHook(keep)
 
