@@ -22,7 +22,7 @@ def refused(ended, *words: str) -> None:
         assert word in ended.err
 
 
-RUN = ["--arms", "given", "--schemes", "w4a4", "--out", "run"]
+RUN = ["--arms", "given", "--methods", "rtn", "--schemes", "w4a4", "--out", "run"]
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,19 @@ def finished(shared, options, tmp_path_factory):
 
     out = tmp_path_factory.mktemp("finished") / "run"
     printed = io.StringIO()
-    arguments = ["--arms", "given,flat", "--schemes", "w4a4", "W3A3", "--epochs", "2", "--out", str(out)]
+    arguments = [
+        "--arms",
+        "given,flat",
+        "--methods",
+        "rtn",
+        "--schemes",
+        "w4a4",
+        "W3A3",
+        "--epochs",
+        "2",
+        "--out",
+        str(out),
+    ]
     with contextlib.redirect_stdout(printed):
         assert main(["run", *options, *arguments]) == 0
     return out, printed.getvalue()
@@ -139,7 +151,12 @@ def test_flatten_writes_weights_of_the_same_architecture(tiny, planish):
     assert "use it with --weights f.safetensors" in ended.out
     assert sorted(p.name for p in Path().iterdir()) == ["f.jsonl", "f.safetensors"]
     assert "conv1.weight" in read_weights("f.safetensors")[0]
-    assert planish("run", *tiny, "--weights", "f.safetensors", "--arms", "given", "--schemes", "w4a4").status == 0
+    assert (
+        planish(
+            "run", *tiny, "--weights", "f.safetensors", "--arms", "given", "--methods", "rtn", "--schemes", "w4a4"
+        ).status
+        == 0
+    )
     assert [p.name[:5] for p in Path("runs").iterdir()] == ["tiny-"]
 
 
@@ -209,7 +226,7 @@ def test_options_that_are_not_given_come_from_the_interrupted_run(tiny, planish,
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    command = ["run", *tiny, "--arms", "given", "--schemes", "w4a4,w3a3", "--seed", "3"]
+    command = ["run", *tiny, "--arms", "given", "--methods", "rtn", "--schemes", "w4a4,w3a3", "--seed", "3"]
     with monkeypatch.context() as patch:
         patch.setattr(journey, "write_report", stop)
         ended = planish(*command)
@@ -254,5 +271,10 @@ def test_the_seed_of_torch_is_not_needed(tiny, planish):
     """What the process drew before does not change a result."""
     for name in ("a", "b"):
         torch.manual_seed(ord(name))
-        assert planish("run", *tiny, "--arms", "flat", "--schemes", "w4a4", "--epochs", "1", "--out", name).status == 0
+        assert (
+            planish(
+                "run", *tiny, "--arms", "flat", "--methods", "rtn", "--schemes", "w4a4", "--epochs", "1", "--out", name
+            ).status
+            == 0
+        )
     assert Path("a/flat.safetensors").read_bytes() == Path("b/flat.safetensors").read_bytes()

@@ -35,7 +35,9 @@ def test_a_run_keeps_its_source_for_resume(tiny, shared, tmp_path, planish):
     table = write_table(
         tmp_path / "images.csv", [{**row, "split": split} for row in rows for split in ("train", "val")]
     )
-    ended = planish("run", *given(tiny, table), "--arms", "given", "--schemes", "w4a4", "--out", "r")
+    ended = planish(
+        "run", *given(tiny, table), "--arms", "given", "--methods", "rtn", "--schemes", "w4a4", "--out", "r"
+    )
     assert ended.status == 0, ended.err
     assert "note: 60 of 60 test images are also training images, byte for byte" in ended.out
     assert f'data = "{table}"' in (tmp_path / "r" / "config.toml").read_text()

@@ -88,7 +88,20 @@ def test_a_stopped_diagnosis_goes_on_to_the_identical_result(zygote, options, tm
 
 
 def test_the_arms_of_a_run_are_looked_at_in_its_own_report(tiny, planish, tmp_path):
-    run = ["run", *tiny, "--arms", "given,flat", "--schemes", "w3a3", "--epochs", "1", "--out", "run"]
+    run = [
+        "run",
+        *tiny,
+        "--arms",
+        "given,flat",
+        "--methods",
+        "rtn",
+        "--schemes",
+        "w3a3",
+        "--epochs",
+        "1",
+        "--out",
+        "run",
+    ]
     assert planish(*run).status == 0
     before = json.loads(Path("run/results.json").read_text())
     small = Path("run/report.html").read_text()

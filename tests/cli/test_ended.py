@@ -11,7 +11,7 @@ from planish.cli.ended import about_memory, saying_what_is_kept
 from planish.errors import NotWritten, PlanishError
 from tests.cli.runs import outcome
 
-RUN = ["--arms", "given,flat", "--schemes", "w4a4", "--epochs", "2", "--out", "run"]
+RUN = ["--arms", "given,flat", "--methods", "rtn", "--schemes", "w4a4", "--epochs", "2", "--out", "run"]
 
 
 def test_a_real_failure_to_allocate():

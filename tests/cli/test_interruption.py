@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs POSIX signals")
 
-RUN = ["--arms", "given,averaged,flat", "--schemes", "w4a4,w3a3", "--epochs", "3", "--out", "run"]
+RUN = ["--arms", "given,averaged,flat", "--methods", "rtn", "--schemes", "w4a4,w3a3", "--epochs", "3", "--out", "run"]
 SOURCES = Path(__file__).parents[2] / "src"
 ARMS = ("given", "averaged", "flat")
 

@@ -9,7 +9,7 @@ import pytest
 
 from planish.recipes import tracking
 
-RUN = ["--arms", "given,flat", "--schemes", "w4a4", "--epochs", "2", "--out", "run"]
+RUN = ["--arms", "given,flat", "--methods", "rtn", "--schemes", "w4a4", "--epochs", "2", "--out", "run"]
 needs_tensorboard = pytest.mark.skipif(find_spec("tensorboard") is None, reason="tensorboard is not installed")
 
 

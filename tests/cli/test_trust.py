@@ -10,7 +10,7 @@ import pytest
 import planish as package
 from planish.errors import PlanishError
 
-RUN = ["--arms", "given", "--schemes", "w4a4"]
+RUN = ["--arms", "given", "--methods", "rtn", "--schemes", "w4a4"]
 REFUSED = "allow it with --trust if you trust that file"
 
 

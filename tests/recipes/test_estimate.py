@@ -99,7 +99,7 @@ def test_measuring_leaves_the_network_and_the_order_of_the_images_alone():
 @pytest.mark.parametrize(
     ("command", "epochs"),
     [
-        (["run", "--arms", "given,flat", "--schemes", "w4a4", "--epochs", "1"], 1),
+        (["run", "--arms", "given,flat", "--methods", "rtn", "--schemes", "w4a4", "--epochs", "1"], 1),
         (["flatten", "--epochs", "1"], 1),
         (["train", "--epochs", "2", "--start", "flat", "--accumulation", "2"], 2),
     ],

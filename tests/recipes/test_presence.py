@@ -139,7 +139,7 @@ def test_a_killed_process_ends_the_other_with_a_sentence(tmp_path):
     make_images(tmp_path / "data")
     kept = tmp_path / ".killed.partial" / "log.jsonl"
     options = ["--model", f"{tmp_path / 'tiny.py'}:build", "--data", str(tmp_path / "data"), "--batch-size", "4"]
-    rest = ["--threads", "1", "--epochs", "12", "--arms", "flat", "--schemes", "w4a4"]
+    rest = ["--threads", "1", "--epochs", "12", "--arms", "flat", "--methods", "rtn", "--schemes", "w4a4"]
     both = start_two("planish", "run", *options, *rest, "--out", str(tmp_path / "killed"))
     try:
         until = time.monotonic() + 120

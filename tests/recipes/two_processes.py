@@ -29,7 +29,7 @@ def interrupt_flat(work: Work, share: float) -> None:
 def commands(folder: Path) -> dict[str, int]:
     options = ["--model", f"{folder / 'tiny.py'}:build", "--data", str(folder / "data"), "--batch-size", "4",
                "--threads", "1"]  # fmt: skip
-    run = ["run", *options, "--arms", "given,averaged,flat", "--schemes", "w4a4", "--epochs", "2",
+    run = ["run", *options, "--arms", "given,averaged,flat", "--methods", "rtn", "--schemes", "w4a4", "--epochs", "2",
            "--activation-noise", "gaussian"]  # fmt: skip  # of which each process draws its own
     found = {"whole": main([*run, "--out", "whole"]), "again": main([*run, "--out", "whole"])}
     at = Work.at
