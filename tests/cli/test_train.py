@@ -196,7 +196,7 @@ def test_methods_shows_the_options_of_one(planish):
     assert [line.split()[0] for line in listed.splitlines()[1:]] == ["fold-batchnorm", "calibrate", "round"]
     ended = planish("methods", "magic")
     assert ended.status == 2
-    assert "'magic' is not known: choose one of rtn, gptq" in ended.err
+    assert "'magic' is not known: choose one of rtn, matched, gptq" in ended.err
     assert "mec, ofq" in ended.err
 
 
