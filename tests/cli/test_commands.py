@@ -278,3 +278,14 @@ def test_the_seed_of_torch_is_not_needed(tiny, planish):
             == 0
         )
     assert Path("a/flat.safetensors").read_bytes() == Path("b/flat.safetensors").read_bytes()
+
+
+def test_a_run_says_what_its_flat_network_learned_from(tiny, planish):
+    run = ["run", *tiny, "--arms", "flat", "--schemes", "w4a4", "--methods", "rtn", "--epochs", "1"]
+    assert planish(*run, "--out", "usual").status == 0
+    assert planish(*run, "--labels", "0", "--distillation", "1", "--batch-statistics", "--out", "other").status == 0
+    usual, other = (json.loads(Path(name, "results.json").read_text())["protocol"] for name in ("usual", "other"))
+    assert usual["labels_used"] == usual["train_images"] == other["train_images"]
+    assert not {"flat_labels", "flat_batch_statistics"} & set(usual)
+    assert (other["labels_used"], other["flat_labels"], other["flat_batch_statistics"]) == (0, 0.0, True)
+    assert "flat_batch_statistics" in planish("compare", "usual", "other", "--out", "both.html").out.replace(" ", "_")

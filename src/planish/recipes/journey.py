@@ -277,6 +277,7 @@ class _Journey:
         """All that the numbers depend on."""
         config, loaded, data = self.config, self.material.loaded, self.material.data
         trained = [arm for arm in config.arms if ARMS[arm].cost]
+        labelled = [arm for arm in trained if arm != "flat" or config.noise.labels]
         processes = count_processes()
         fp = next((r["top1"] for r in self.rows if r["arm"] == "given" and r["scheme"] == "fp32"), None)
         schemes = dict.fromkeys((*config.schemes, *(config.prepare if "flat" in trained else ())))
@@ -284,7 +285,8 @@ class _Journey:
         return {
             "model": loaded.name, "checkpoint": loaded.weights_hash, "fp_top1": fp, "data": data.name,
             "test_images": self.material.test_images, "train_images": len(data.train_labels) if trained else None,
-            "labels_used": len(data.train_labels) if trained else 0, "epochs": config.train.epochs if trained else None,
+            "labels_used": len(data.train_labels) if labelled else 0,
+            "epochs": config.train.epochs if trained else None,
             "flat_prepared_for": ", ".join(config.prepare) if "flat" in trained else None,
             "weight_noise": config.noise.weight_noise if "flat" in trained else None,
             "activation_noise": config.noise.activation_noise if "flat" in trained else None,
@@ -293,6 +295,8 @@ class _Journey:
                 f"{flat.share:.0%} of the steps until {flat.until:.0%} of the run, {flat.part:.0%} of the weights and "
                 f"{flat.activation_part:.0%} of the layers, averaging {flat.averaging}"
             ),
+            "flat_labels": config.noise.labels if flat and config.noise.labels != 1 else None,
+            "flat_batch_statistics": True if flat and config.noise.batch_statistics else None,
             "distillation": config.noise.distillation or None, "output_error": config.noise.output_error or None,
             "optimizer": config.train.optimizer if trained else None,
             "learning_rate": (config.train.lr or "default of the optimizer") if trained else None,

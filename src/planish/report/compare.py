@@ -18,7 +18,8 @@ from planish.report.plain import as_text, flatten_keys, join
 
 OUTCOMES = ("fp_top1", "seconds_training")  # in the protocol card, but measured
 SEEDS = ("seed", "calibration_seed")
-FLAT = ("flat_prepared_for", "weight_noise", "activation_noise", "noise", "distillation", "output_error")
+FLAT = ("flat_prepared_for", "weight_noise", "activation_noise", "noise", "flat_labels", "flat_batch_statistics",
+        "distillation", "output_error")  # fmt: skip
 TRAINING = ("train_images", "labels_used", "epochs", "optimizer", "learning_rate", "precision", *FLAT)
 
 Key = tuple[str, str, Any]  # of a row of one arm: scheme, method, seed
