@@ -51,3 +51,26 @@ def mean_and_error(values: Sequence[float]) -> str:
         return ""
     error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.2f}{error}"
+
+
+def scheme_table(
+    title: str,
+    schemes: Sequence[str],
+    names: Iterable[str],
+    values: Callable[[str, str], Sequence[float]],
+    seconds: Callable[[str], Sequence[float]] | None = None,
+) -> list[str]:
+    """The lines of a Markdown table, and an empty one: a row for each name, a column for each scheme.
+
+    A cell is the mean of ``values(name, scheme)`` with its error; the last column the median of ``seconds(name)``.
+    """
+    heads = [title, *schemes, *(["seconds"] if seconds else [])]
+    lines = [_line(heads), "|---" * len(heads) + "|"]
+    for name in names:
+        last = [f"{statistics.median(seconds(name)):.0f}"] if seconds else []
+        lines.append(_line([name, *(mean_and_error(values(name, scheme)) for scheme in schemes), *last]))
+    return [*lines, ""]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -27,7 +27,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from csv_rows import continue_rows, mean_and_error
+from csv_rows import continue_rows, scheme_table
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -162,13 +162,12 @@ def summary(path: Path) -> str:
     for network in dict.fromkeys(key[0] for key in cells):
         schemes = [s for s in SCHEMES if any(key[0] == network and key[2] == s for key in cells)]
         what = "top-1" if network in ("convnet", "vit") else "agreement with float"
-        lines.append(f"| {network}, {what} (float top-1 {statistics.mean(float_top1[network]):.2f}) | "
-                     + " | ".join(schemes) + " | seconds |")  # fmt: skip
-        lines.append("|---" * (len(schemes) + 2) + "|")
-        for arm in dict.fromkeys(key[1] for key in cells if key[0] == network):
-            texts = [mean_and_error(cells.get((network, arm, scheme), [])) for scheme in schemes]
-            lines.append(f"| {arm} | " + " | ".join(texts) + f" | {statistics.median(seconds[network, arm]):.0f} |")
-        lines.append("")
+        lines += scheme_table(
+            f"{network}, {what} (float top-1 {statistics.mean(float_top1[network]):.2f})", schemes,
+            dict.fromkeys(key[1] for key in cells if key[0] == network),
+            lambda arm, scheme, network=network: cells.get((network, arm, scheme), []),
+            lambda arm, network=network: seconds[network, arm],
+        )  # fmt: skip
     return "\n".join(lines)
 
 

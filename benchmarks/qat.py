@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from csv_rows import continue_rows, mean_and_error
+from csv_rows import continue_rows, scheme_table
 from small_images import add_arguments, load_network
 from torch import nn
 from torch.utils.data import Subset
@@ -202,13 +202,10 @@ def summary(path: Path) -> str:
     for suite, network in dict.fromkeys(key[:2] for key in cells):
         mine = [key for key in cells if key[:2] == (suite, network)]
         schemes = [s for s in ("w4a4", "w2a4", "w2a2") if any(key[3] == s for key in mine)]
-        lines.append(f"| {network}, {suite} (float {float_top1[network]}) | " + " | ".join(schemes) + " |")
-        lines.append("|---" * (len(schemes) + 1) + "|")
-        for arm in dict.fromkeys(key[2] for key in mine):
-            lines.append(
-                f"| {arm} | " + " | ".join(mean_and_error(cells[suite, network, arm, s]) for s in schemes) + " |"
-            )
-        lines.append("")
+        lines += scheme_table(
+            f"{network}, {suite} (float {float_top1[network]})", schemes, dict.fromkeys(key[2] for key in mine),
+            lambda arm, s, suite=suite, network=network: cells.get((suite, network, arm, s), []),
+        )  # fmt: skip
     return "\n".join(lines)
 
 

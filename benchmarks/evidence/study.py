@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from csv_rows import continue_rows, mean_and_error
+from csv_rows import continue_rows, scheme_table
 from small_images import add_arguments, load_network
 
 from planish.data import calibration_subset, make_loader
@@ -167,11 +167,10 @@ def summary(path: Path) -> str:
     for model, method in dict.fromkeys(key[:2] for key in cells):
         mine = [key for key in cells if key[:2] == (model, method)]
         schemes = [s for s in ("float", *SCHEMES) if any(key[3] == s for key in mine)]
-        lines += [f"| {model}, {method} | " + " | ".join(schemes) + " |", "|---" * (len(schemes) + 1) + "|"]
-        for arm in dict.fromkeys(key[2] for key in mine):
-            found = [mean_and_error(cells.get((model, method, arm, s), [])) for s in schemes]
-            lines.append(f"| {arm} | " + " | ".join(found) + " |")
-        lines.append("")
+        lines += scheme_table(
+            f"{model}, {method}", schemes, dict.fromkeys(key[2] for key in mine),
+            lambda arm, s, model=model, method=method: cells.get((model, method, arm, s), []),
+        )  # fmt: skip
     return "\n".join(lines)
 
 

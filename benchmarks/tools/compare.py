@@ -19,7 +19,6 @@ import argparse
 import csv
 import json
 import os
-import statistics
 import subprocess
 import sys
 import venv
@@ -30,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from csv_rows import continue_rows, mean_and_error
+from csv_rows import continue_rows, scheme_table
 
 HERE = Path(__file__).resolve().parent
 ALL = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4", "w2a2")
@@ -143,14 +142,11 @@ def summary(path: Path, seeds: list[int]) -> str:
             fp[line["network"]] = f"{100 * float(line['fp_top1']):.2f}"
     lines = []
     for network in fp:
-        lines += [
-            f"| {network}, float {fp[network]} | " + " | ".join(ALL) + " | seconds |",
-            "|---" * (len(ALL) + 2) + "|",
-        ]
-        for who in dict.fromkeys(w for n, w, _ in top1 if n == network):
-            cells = [mean_and_error(top1.get((network, who, scheme), [])) for scheme in ALL]
-            lines.append(f"| {who} | " + " | ".join(cells) + f" | {statistics.median(seconds[network, who]):.0f} |")
-        lines.append("")
+        lines += scheme_table(
+            f"{network}, float {fp[network]}", ALL, dict.fromkeys(w for n, w, _ in top1 if n == network),
+            lambda who, scheme, network=network: top1.get((network, who, scheme), []),
+            lambda who, network=network: seconds[network, who],
+        )  # fmt: skip
     return "\n".join(lines)
 
 

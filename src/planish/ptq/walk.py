@@ -148,9 +148,10 @@ class _Walk:
     def _from_the_cut(self, network: int, batch: int) -> ExitStack:
         """The link at the cut gives what it gave, and those before it, whose outputs do not matter, zeros."""
         stack, model = ExitStack(), self.networks[network]
-        if self.known >= 0:
-            device = next((p.device for p in model.parameters()), None)
-            value = self.cached[network][self.rows[batch]].to(device, self.dtype)
+        if self.known < 0:
+            return stack
+        device = next((p.device for p in model.parameters()), None)
+        value = self.cached[network][self.rows[batch]].to(device, self.dtype)
         for i, unit in enumerate(self.units[: self.known + 1]):
             if i == self.known or unit.link:
                 stack.enter_context(returning(model.get_submodule(unit.path), unit, value, zeros=i != self.known))
