@@ -4,7 +4,7 @@
     python benchmarks/export.py latency --out benchmarks/export_latency.csv       # four networks at 224 px
 
 Agreement: 2,000 test images on the embedded networks; on the real ones (weights: see ``benchmarks/ptq.py``) all 500
-photographs. Ranges come from the first calibration batch. Latency: one thread, median, files take turns in one
+photographs. Calibrated on the first batch (128 and 50 images). Latency: one thread, median, files take turns in one
 process; leave the machine alone meanwhile. The weights are random there, which changes no time; sizes are the files'.
 """
 
@@ -22,7 +22,7 @@ from typing import Any
 import onnxruntime
 import timm
 import torch
-from ptq import NETWORKS
+from ptq import NETWORKS, PHOTOGRAPHED
 from torch import nn
 
 from planish.deploy.card import INPUT
@@ -34,43 +34,46 @@ from planish.network import detach
 from planish.ptq import quantize
 
 SCHEMES = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4")
+VARIANTS: dict[str, dict[str, Any]] = {
+    "": {}, ", outputs at 8 bits": {"output_bits": 8}, ", constants in half": {"constants": "half"},
+}  # fmt: skip
 TIMED = ("resnet18", "efficientnet_lite0", "vit_small_patch16_224", "vit_tiny_patch16_224")
 
 
 def agreement(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Every network and scheme, exact and, for convolutional networks, with 8-bit outputs."""
     for name in args.networks or ["convnet", "vit"]:
-        material = NETWORKS[name](name, 0, args.shared)
+        material = NETWORKS[name](name, 0, args)
         calibration = material.calibration[:1]
         shape = tuple(calibration[0].shape[1:])
         looks = Preprocessing(shape, (0.5,) * shape[0], (0.5,) * shape[0])
         images = [batch[0] for batch in material.test]
-        if "-" in name:  # both halves of the photographs
+        if name in PHOTOGRAPHED:  # both halves of the photographs
             images = [*material.calibration, *images]
         images = list(torch.cat(images)[: args.images].split(100))
         for scheme in args.schemes:
-            model = quantize(material.model, calibration, scheme)
+            model = quantize(material.model, calibration, scheme, args.method)
             exact = in_float64(model, images)
             with torch.no_grad():
                 noise = sum(int((model(x).argmax(1) != y).sum()) for x, y in zip(images, exact, strict=True))
-            for bits in (None, 8):
+            for options in VARIANTS.values():
+                bits = options.get("output_bits")
                 with tempfile.TemporaryDirectory() as folder:
                     path = Path(folder) / "m.onnx"
-                    done = export(
-                        model, path, images=images, output_bits=bits, calibration=calibration, preprocessing=looks
-                    )
+                    done = export(model, path, images=images, calibration=calibration, preprocessing=looks, **options)
                     session = open_session(path)
                     off = sum(
                         int((session.run(None, {INPUT: x.numpy()})[0].argmax(1) != y.numpy()).sum())
                         for x, y in zip(images, exact, strict=True)
                     )
                     integers: int | str = ""
-                    if not bits and "-" not in name:  # seconds an image on the real ones
+                    if not options and name not in PHOTOGRAPHED:  # seconds an image on the real ones
                         integers = len(compare(integer_model(model), session, images).differing)
                 if bits and not done.output_grids:
                     continue
                 yield {
-                    "network": name, "scheme": scheme, "output_bits": bits or "", "images": done.agreement.images,
+                    "network": name, "method": args.method, "scheme": scheme, "output_bits": bits or "",
+                    "constants": options.get("constants", "float"), "images": done.agreement.images,
                     "differing": len(done.agreement.differing), "beyond_1e-3": len(done.agreement.beyond_ties),
                     "margins": " ".join(f"{margin:.4f}" for _, margin in done.agreement.differing[:10]),
                     "largest_difference": f"{done.agreement.largest:.3g}", "differing_from_integer_reference": integers,
@@ -112,13 +115,13 @@ def latency(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             quantize_static(files["fp32"], files["onnxruntime int8"], [images[:4]])
             for scheme in args.schemes:
                 model = quantize(given, [images[:4]], scheme)
-                for bits in (None, 8):
+                for label, options in VARIANTS.items():
                     done = export(
-                        model, folder / f"{scheme}{bits}.onnx", images=[images[:2]], output_bits=bits,
-                        calibration=[images[:4]], preprocessing=looks,
+                        model, folder / f"{scheme}{label}.onnx", images=[images[:2]], calibration=[images[:4]],
+                        preprocessing=looks, **options,
                     )  # fmt: skip
-                    if bits is None or done.output_grids:
-                        files[f"{scheme}{', outputs at 8 bits' if bits else ''}"] = done.path
+                    if "output_bits" not in options or done.output_grids:
+                        files[f"{scheme}{label}"] = done.path
                 detach(model)
             for batch in args.batches:
                 taken = milliseconds(files, looks.input_size, batch, repeats=args.repeats)
@@ -143,6 +146,7 @@ def main() -> None:
     parser.add_argument("what", choices=["agreement", "latency"])
     parser.add_argument("--networks", nargs="+")
     parser.add_argument("--schemes", nargs="+")
+    parser.add_argument("--method", default="rtn", help="of the agreement: how the networks are quantized")
     parser.add_argument("--batches", nargs="+", type=int, default=[1])
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=40)

@@ -46,7 +46,7 @@ def networks(args: argparse.Namespace) -> Iterator[tuple[str, str, int, nn.Modul
             from ptq import NETWORKS  # the benchmark beside this one
 
             for seed in args.seeds:
-                work = NETWORKS[name](name, seed, args.shared)
+                work = NETWORKS[name](name, seed, args)
                 yield name, "given", seed, work.model, work.labelled, work.test
             continue
         loaded = load_model(name)

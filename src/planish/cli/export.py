@@ -45,7 +45,8 @@ def execute(command: Export) -> None:
     tests = Subset(data.test, range(min(command.images, len(data.test))))  # type: ignore[arg-type]
     done = export(
         model, command.out, images=make_loader(tests, BATCH, shuffle=False, seed=0), layout=command.layout,
-        output_bits=command.output_bits, calibration=calibration, classes=classes or classes_of(model, data),
+        output_bits=command.output_bits, constants=command.constants, calibration=calibration,
+        classes=classes or classes_of(model, data),
     )  # fmt: skip
     for line in [*weight_lines(done), "", str(done)]:
         console.print(line, markup=False, highlight=False, no_wrap=True, crop=False, overflow="ignore")

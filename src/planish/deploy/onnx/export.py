@@ -30,6 +30,7 @@ from planish.network.batches import split_batch
 from planish.task import CLASSES, FEATURES, LABELS, task_of
 
 LAYOUTS = ("small", "fast")
+CONSTANTS = ("float", "half")
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Exported:
         kernels: how often each kernel stands in the graph that ONNX Runtime executes.
         agreement: with the PyTorch model.
         output_grids: how many tensors got a grid of ``output_bits``.
+        halved: how many tensors were rounded to half precision.
     """
 
     path: Path
@@ -53,6 +55,7 @@ class Exported:
     kernels: Mapping[str, int]
     agreement: Agreement
     output_grids: int = 0
+    halved: int = 0
 
     @property
     def in_float(self) -> list[Any]:
@@ -76,6 +79,10 @@ class Exported:
             lines.append(
                 f"{self.output_grids} outputs of convolutions and sums have a grid of 8 bits, which the model has not"
             )
+        if self.halved:
+            lines.append(
+                f"{self.halved} tensors beside the codes were rounded to half precision, which the model's are not"
+            )
         lines.append(
             f"same {agreement.same} as the PyTorch model on {agreement.images - len(agreement.differing)} of "
             f"{agreement.images} {agreement.what}; largest difference of a logit {agreement.largest:.2g}"
@@ -95,6 +102,7 @@ def export(
     images: Iterable[Any] | None = None,
     layout: str = "small",
     output_bits: int | None = None,
+    constants: str = "float",
     calibration: Iterable[Any] | None = None,
     preprocessing: Preprocessing | None = None,
     classes: Sequence[str] | None = None,
@@ -114,6 +122,8 @@ def export(
             file; ``"fast"`` as bytes, which load sooner.
         output_bits: 8 gives the outputs of convolutions that would stay in float a grid of 8 bits, set on
             ``calibration``: faster, and a small change of the network.
+        constants: ``"half"`` rounds biases, norms, embeddings and scales to half precision and stores them so, which
+            takes 3 to 4 % off a 4-bit transformer: a small change of the network, too.
 
     Returns:
         A report; ``print`` it.
@@ -123,6 +133,8 @@ def export(
     """
     if layout not in LAYOUTS:
         raise PlanishError(f"layout is {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    if constants not in CONSTANTS:
+        raise PlanishError(f"constants is {constants!r}: choose one of {', '.join(CONSTANTS)}")
     if output_bits not in (None, 8):
         raise PlanishError(f"output_bits is {output_bits!r}: give 8, or None to keep these outputs in float")
     if output_bits and calibration is None:
@@ -131,11 +143,16 @@ def export(
         import onnx  # noqa: F401
         import onnx_ir as ir
         import onnxscript  # noqa: F401
+
+        from planish.deploy.onnx.half import in_half, store_half
     except ImportError as error:
         raise PlanishError(f"{error.name} is not installed: pip install 'planish[onnx]'") from None
     path, prepared = Path(path), find_preprocessing(model, preprocessing)
     task = task_of(model)
-    graph, lowering, grids = _graph(model, prepared, layout, calibration if output_bits else None)
+    shipped, halved = in_half(model) if constants == "half" else (model, 0)
+    graph, lowering, grids = _graph(shipped, prepared, layout, calibration if output_bits else None)
+    if constants == "half":
+        store_half(graph.graph)
     scheme = _scheme(model)
     card = Card(
         name or str((protocol or getattr(model, "planish_protocol", None) or {}).get("model") or type(model).__name__),
@@ -155,7 +172,7 @@ def export(
     agreement, ran = found
     return Exported(
         path, scheme, layout, len(content), dict(lowering.weights), _as_executed(lowering.forms, ran),
-        dict(sorted(ran.kernels.items())), agreement, grids,
+        dict(sorted(ran.kernels.items())), agreement, grids, halved,
     )  # fmt: skip
 
 
