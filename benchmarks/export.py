@@ -4,8 +4,9 @@
     python benchmarks/export.py latency --out benchmarks/export_latency.csv       # four networks at 224 px
 
 Agreement: 2,000 test images on the embedded networks; on the real ones (weights: see ``benchmarks/ptq.py``) all 500
-photographs. Calibrated on the first batch (128 and 50 images). Latency: one thread, median, files take turns in one
-process; leave the machine alone meanwhile. The weights are random there, which changes no time; sizes are the files'.
+photographs, where float64 judges only the images on which file and PyTorch differ. Calibrated on the first batch (128
+and 50 images). Latency: one thread, median, files take turns in one process; leave the machine alone meanwhile. The
+weights are random there, which changes no time; sizes are the files'.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from planish.deploy.onnx.export import export
 from planish.deploy.onnx.runtime import compare, milliseconds, open_session, quantize_static
 from planish.models import Preprocessing
 from planish.network import detach
-from planish.ptq import quantize
+from planish.ptq import HalveConstants, get_method, quantize
 
 SCHEMES = ("w8a8", "w4a8", "w4a4", "w3a3", "w2a4")
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -41,53 +42,64 @@ TIMED = ("resnet18", "efficientnet_lite0", "vit_small_patch16_224", "vit_tiny_pa
 
 
 def agreement(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Every network and scheme, exact and, for convolutional networks, with 8-bit outputs."""
+    """Every network and scheme: exact, with 8-bit outputs where there are convolutions, with constants in half."""
     for name in args.networks or ["convnet", "vit"]:
-        material = NETWORKS[name](name, 0, args)
-        calibration = material.calibration[:1]
-        shape = tuple(calibration[0].shape[1:])
-        looks = Preprocessing(shape, (0.5,) * shape[0], (0.5,) * shape[0])
-        images = [batch[0] for batch in material.test]
-        if name in PHOTOGRAPHED:  # both halves of the photographs
-            images = [*material.calibration, *images]
-        images = list(torch.cat(images)[: args.images].split(100))
+        material, real = NETWORKS[name](name, 0, args), name in PHOTOGRAPHED
+        calibration, given = material.calibration[:1], list(material.test)
+        if real:  # both halves of the photographs
+            given = [*material.labelled, *given]
+        images, labels = (torch.cat(parts)[: args.images] for parts in zip(*given, strict=True))
         for scheme in args.schemes:
-            model = quantize(material.model, calibration, scheme, args.method)
-            exact = in_float64(model, images)
-            with torch.no_grad():
-                noise = sum(int((model(x).argmax(1) != y).sum()) for x, y in zip(images, exact, strict=True))
-            for options in VARIANTS.values():
-                bits = options.get("output_bits")
-                with tempfile.TemporaryDirectory() as folder:
-                    path = Path(folder) / "m.onnx"
-                    done = export(model, path, images=images, calibration=calibration, preprocessing=looks, **options)
-                    session = open_session(path)
-                    off = sum(
-                        int((session.run(None, {INPUT: x.numpy()})[0].argmax(1) != y.numpy()).sum())
-                        for x, y in zip(images, exact, strict=True)
-                    )
-                    integers: int | str = ""
-                    if not options and name not in PHOTOGRAPHED:  # seconds an image on the real ones
-                        integers = len(compare(integer_model(model), session, images).differing)
-                if bits and not done.output_grids:
-                    continue
-                yield {
-                    "network": name, "method": args.method, "scheme": scheme, "output_bits": bits or "",
-                    "constants": options.get("constants", "float"), "images": done.agreement.images,
-                    "differing": len(done.agreement.differing), "beyond_1e-3": len(done.agreement.beyond_ties),
-                    "margins": " ".join(f"{margin:.4f}" for _, margin in done.agreement.differing[:10]),
-                    "largest_difference": f"{done.agreement.largest:.3g}", "differing_from_integer_reference": integers,
-                    "differing_from_float64": off, "pytorch_differing_from_float64": noise, "bytes": done.bytes,
-                    "integer_products": sum(not f.why for f in done.forms), "float_products": len(done.in_float),
-                    "onnxruntime": onnxruntime.__version__, "torch": torch.__version__,
-                }  # fmt: skip
+            passes = get_method(args.method).passes()
+            model = quantize(material.model, calibration, scheme, passes)
+            cases: list[tuple[nn.Module, dict[str, Any]]] = [
+                (model, {}), (model, {"output_bits": 8, "calibration": calibration}),
+            ]  # fmt: skip
+            if not real:  # minutes each
+                halved = quantize(material.model, calibration, scheme, [*passes, HalveConstants()])
+                cases.append((halved, {"constants": "half"}))
+            for network, options in cases:
+                found = compared(network, images, labels, options, real)
+                if found is not None:
+                    yield {"network": name, "method": args.method, "scheme": scheme} | found
 
 
 @torch.no_grad()
-def in_float64(model: nn.Module, images: list[torch.Tensor]) -> list[torch.Tensor]:
-    """First classes of the PyTorch model computed in float64: what the network says when rounding plays no part."""
-    exact = copy.deepcopy(model).double()
-    return [exact(x.double()).argmax(1) for x in images]
+def compared(
+    model: nn.Module, images: torch.Tensor, labels: torch.Tensor, options: dict[str, Any], real: bool
+) -> dict[str, Any] | None:
+    """The exported file beside PyTorch in float32 and in float64; ``None`` if the options change nothing.
+
+    ``real``: an image takes long, so that float64 judges only those on which the two differ.
+    """
+    parts, shape = list(images.split(100)), tuple(images.shape[1:])
+    looks = Preprocessing(shape, (0.5,) * shape[0], (0.5,) * shape[0])
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "m.onnx"
+        done = export(model, path, images=parts, preprocessing=looks, **options)
+        if "output_bits" in options and not done.output_grids:
+            return None
+        session = open_session(path)
+        file = torch.cat([torch.from_numpy(session.run(None, {INPUT: x.numpy()})[0]).argmax(1) for x in parts])
+        integers = "" if real or options else len(compare(integer_model(model), session, parts).differing)
+    own = torch.cat([model(x).argmax(1) for x in parts])
+    judged = file != own if real else torch.ones_like(own, dtype=torch.bool)
+    twin = copy.deepcopy(model).double()  # what the network says when rounding plays no part
+    exact = torch.cat(
+        [torch.empty(0, dtype=torch.long), *(twin(x.double()).argmax(1) for x in images[judged].split(100))]
+    )
+    return {
+        "output_bits": options.get("output_bits", ""), "constants": options.get("constants", "float"),
+        "images": done.agreement.images, "top1": f"{float((file == labels).float().mean()):.4f}",
+        "pytorch_top1": f"{float((own == labels).float().mean()):.4f}",
+        "differing": len(done.agreement.differing), "beyond_1e-3": len(done.agreement.beyond_ties),
+        "margins": " ".join(f"{margin:.4f}" for _, margin in done.agreement.differing[:10]),
+        "largest_difference": f"{done.agreement.largest:.3g}", "differing_from_integer_reference": integers,
+        "differing_from_float64": int((file[judged] != exact).sum()),
+        "pytorch_differing_from_float64": int((own[judged] != exact).sum()), "bytes": done.bytes,
+        "integer_products": sum(not f.why for f in done.forms), "float_products": len(done.in_float),
+        "onnxruntime": onnxruntime.__version__, "torch": torch.__version__,
+    }  # fmt: skip
 
 
 def network(name: str, images: torch.Tensor) -> nn.Module:

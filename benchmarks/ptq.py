@@ -96,6 +96,7 @@ def arms() -> dict[str, Callable[[], list[Pass]]]:
         {name: method.passes for name, method in METHODS.items()}
         | {f"qdrop, {name}": passes for name, passes in added.items()}
         | {"best-vit, refined ranges": lambda: refined}
+        | {"best-vit, bfloat16": lambda: with_settings(METHODS["best-vit"].passes(), precision="bfloat16")}
     )
 
 

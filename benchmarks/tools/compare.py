@@ -48,7 +48,7 @@ class Tool:
 
 TOOLS = {
     "planish": Tool(
-        (str(HERE.parent.parent),), {"rtn": ALL, "fast": ALL, "best-cnn": ALL, "best-vit": ALL},
+        (str(HERE.parent.parent),), {"rtn": ALL, "matched": ALL, "fast": ALL, "best-cnn": ALL, "best-vit": ALL},
         {"best-cnn": "convnet", "best-vit": "vit"},
     ),
     "brevitas": Tool(("brevitas", "accelerate"), {"gptq": ALL, "gpfq": ALL, "learned-round": ALL}),

@@ -175,7 +175,9 @@ def test_quantize_by_reconstruction_says_what_it_will_cost(tiny, planish):
     assert ended.status == 0, ended.err
     assert re.search(r"reconstruct: \d+ units, about \d+ s, \d+ MB of caches\n", ended.out)
     assert "reconstruct: agrees with the float network on" in ended.out
-    for wrong, words in (("--iterations", "iterations is 0"), ("--memory", "memory is 0")):
+    for wrong, words in (
+        ("--iterations", "iterations is 0"), ("--memory", "memory is 0"), ("--precision", "precision is '0'"),
+    ):  # fmt: skip
         ended = planish("quantize", *tiny, "--overwrite", wrong, "0")
         assert ended.status == 2
         assert words in ended.err

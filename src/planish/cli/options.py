@@ -166,7 +166,7 @@ class Export:
     output_bits: Annotated[int | None, arg(metavar="8", help_behavior_hint="")] = None
     """8: give outputs of convolutions that would stay in float a grid of 8 bits; faster, and it changes the network"""
     constants: str = "float"
-    """half: store biases, norms, embeddings and scales in half precision; smaller, and it changes the network"""
+    """half: biases, norms, embeddings, scales in half precision; changes a network that was not quantized with that"""
     data: OptionalPath = None
     """images to check and calibrate on, as for planish quantize (default: the embedded ones)"""
     images: int = 2000

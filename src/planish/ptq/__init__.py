@@ -1,5 +1,6 @@
 """Post-training quantization: passes, the methods that are lists of them, and ``quantize``."""
 
+from planish.ptq.constants import HalveConstants
 from planish.ptq.heads import ScaleHeads
 from planish.ptq.methods import METHODS, Method, get_method, with_settings
 from planish.ptq.passes import Calibration, Pass
@@ -14,6 +15,7 @@ __all__ = [
     "Calibrate",
     "Calibration",
     "FoldBatchNorm",
+    "HalveConstants",
     "Method",
     "Pass",
     "Reconstruct",

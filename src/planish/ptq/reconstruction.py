@@ -18,6 +18,7 @@ from planish.ptq.learners import Learner, get_learner
 from planish.ptq.objectives import check_objective, make_objective
 from planish.ptq.outputs import keep_float
 from planish.ptq.passes import Calibration
+from planish.ptq.precision import check_precision
 from planish.ptq.shelf import Shelf
 from planish.ptq.unit_learning import Settings, UnitLearning
 
@@ -73,6 +74,7 @@ class Reconstruct(Settings):
 
     def _checked(self) -> Learner:
         check_objective(self.loss)
+        check_precision(self.precision)
         if not 0 <= self.cutmix <= 1:
             raise PlanishError(f"cutmix is {self.cutmix}: the share of mixed images lies in [0, 1]")
         if not 0 <= self.drop < 1:

@@ -15,6 +15,7 @@ from planish.network.batches import call_model, logits_of, map_tensors, split_ba
 from planish.network.modes import evaluating
 from planish.ptq.affines import Affines
 from planish.ptq.passes import Calibration
+from planish.ptq.precision import check_precision, products_in
 from planish.task import CLASSES, Task, task_of
 
 CHECKS = 10  # times that the distance on the held-out images is taken; the best of the checks is kept
@@ -82,6 +83,7 @@ class Tuning:
             calibration images, which then all judge the result.
         held: share of the calibration images that are held out to judge the result.
         seed: of the order of the images and of the choice of those held out.
+        precision: in which products are computed meanwhile (:func:`~planish.ptq.precision.products_in`).
     """
 
     steps: int = 200
@@ -92,8 +94,10 @@ class Tuning:
     images: Iterable[Any] | None = None
     held: float = 0.1
     seed: int = 0
+    precision: str = "float32"
 
     def __post_init__(self) -> None:
+        check_precision(self.precision)
         for option in ("steps", "batch"):
             if getattr(self, option) < 1:
                 raise PlanishError(f"{option} is {getattr(self, option)}: norm tuning takes at least 1.")
@@ -158,10 +162,11 @@ class Tuning:
             best = affines.values()
             for step in range(1, self.steps + 1):
                 some = next(batches)
-                logits = logits_of(call_model(model, some.inputs))
-                loss = divergence(logits, some.targets, self.temperature, task_of(model, logits))
                 optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
+                with products_in(self.precision):
+                    logits = logits_of(call_model(model, some.inputs))
+                    loss = divergence(logits, some.targets, self.temperature, task_of(model, logits))
+                    loss.backward()  # type: ignore[no-untyped-call]
                 torch.nn.utils.clip_grad_norm_(parameters, self.clip)
                 optimizer.step()
                 schedule.step()

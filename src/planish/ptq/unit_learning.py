@@ -17,6 +17,7 @@ from planish.ptq.flow import Flow, UnitData
 from planish.ptq.learners import Coin, DroppingTap, Learner, SignSGD, SoftRounding, mix, penalty_beta
 from planish.ptq.objectives import Objective
 from planish.ptq.passes import Calibration
+from planish.ptq.precision import products_in
 from planish.quantizers import LearnedQuantizer, TrainableQuantizer, UniformQuantizer
 
 PENALTY = (
@@ -36,6 +37,7 @@ class Settings:
         batch: images in an iteration.
         activation_travel: how far the step of an activation may come, as a share of it.
         seed: of everything random.
+        precision: in which products are computed meanwhile (:func:`~planish.ptq.precision.products_in`).
     """
 
     drop: float = 0.5
@@ -43,6 +45,7 @@ class Settings:
     batch: int = 32
     activation_travel: float = 1.0
     seed: int = 0
+    precision: str = "float32"
 
 
 @dataclass
@@ -78,7 +81,8 @@ class UnitLearning:
         before, first = self.error(), self._first(objective)
         self._insert()
         try:
-            self._train(objective, first)
+            with products_in(self.settings.precision):
+                self._train(objective, first)
         finally:
             self._fix()
         return before, self.error()

@@ -9,7 +9,9 @@ from dataclasses import replace
 from planish.errors import PlanishError
 from planish.flattening.activation_noise import KINDS as ACTIVATION_KINDS
 from planish.flattening.weight_noise import KINDS as WEIGHT_KINDS
+from planish.network.half import check_constants
 from planish.ptq import get_method
+from planish.ptq.precision import check_precision
 from planish.recipes.arms import ARMS
 from planish.recipes.config import ModelOptions, NoiseOptions, RecordOptions, RunConfig, TrainOptions
 from planish.recipes.tracking import check_trackers
@@ -33,6 +35,8 @@ def check_run(config: RunConfig) -> RunConfig:
         raise PlanishError(f"calibration-images is {config.quantize.calibration_images}: give at least 1")
     if config.quantize.iterations is not None and config.quantize.iterations < 1:
         raise PlanishError(f"iterations is {config.quantize.iterations}: give at least 1")
+    check_constants(config.quantize.constants)
+    check_precision(config.quantize.precision)
     if not config.quantize.memory > 0:
         raise PlanishError(f"memory is {config.quantize.memory}: give gigabytes, more than 0")
     schemes, prepare = _names(config.schemes), _names(config.prepare)

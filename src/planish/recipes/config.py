@@ -84,6 +84,10 @@ class QuantizeOptions:
     """steps in which a block learns its roundings, in a method that learns them; default: the method's own"""
     memory: float = 4.0
     """gigabytes of cached block inputs that are held in memory; the rest goes into temporary files"""
+    constants: str = "float"
+    """half: biases, norms, embeddings and scales rounded to half precision, for planish export --constants half"""
+    precision: str = "float32"
+    """bfloat16: products of lower precision while a method learns, faster on processors with such instructions"""
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from planish.ptq import Pass, Reconstruct, get_method, with_settings
+from planish.ptq import HalveConstants, Pass, Reconstruct, get_method, with_settings
 from planish.recipes.config import QuantizeOptions
 
 RECONSTRUCTION_COST = 3.0  # of an image in an iteration of all units, in images of plain training
@@ -10,7 +10,11 @@ RECONSTRUCTION_COST = 3.0  # of an image in an iteration of all units, in images
 
 def chosen_passes(method: str, options: QuantizeOptions, seed: int) -> list[Pass]:
     """The list of passes that ``planish quantize`` and ``planish run`` apply."""
-    return with_settings(get_method(method).passes(), iterations=options.iterations, memory=options.memory, seed=seed)
+    passes = with_settings(
+        get_method(method).passes(), iterations=options.iterations, memory=options.memory, precision=options.precision,
+        seed=seed,
+    )  # fmt: skip
+    return [*passes, HalveConstants()] if options.constants == "half" else passes
 
 
 def learning_cost(method: str, options: QuantizeOptions) -> float:

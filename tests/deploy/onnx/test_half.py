@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, numpy_helper
-from torch import nn
 
 from planish.deploy.onnx.export import export
-from planish.deploy.onnx.half import LEAST, in_half, rounded
 from planish.deploy.onnx.runtime import open_session
 from planish.errors import PlanishError
-from planish.ptq import quantize
+from planish.network.half import LEAST, round_constants
+from planish.ptq import Calibrate, FoldBatchNorm, HalveConstants, Round, quantize
 from tests.deploy.tiny import LOOKS, RECIPES, network
 
 torch.set_num_threads(1)
@@ -42,7 +43,8 @@ def initializers(exported):
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_file_computes_the_rounded_network(files, name):
     model, images, done = files[name]
-    twin, changed = in_half(model)
+    twin = copy.deepcopy(model)
+    changed = round_constants(twin, twin.planish_assignment)
     with torch.no_grad():
         expected = twin(images).numpy()
         given = model(images).numpy()
@@ -88,22 +90,16 @@ def test_openvino_reads_it(files):
     assert np.median(np.abs(ours - compiled(images.numpy())[0])) < 1e-3
 
 
-def test_the_given_model_is_left_alone(files):
-    model, _, _ = files["vit"]
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_network_that_was_quantized_so_is_exported_as_it_is(name, tmp_path):
+    model, images = network(name)
+    model = quantize(model, [images], "w4a4", [FoldBatchNorm(), Calibrate(), Round(), HalveConstants()])
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    in_half(model)
+    done = export(model, tmp_path / "m.onnx", images=[images], preprocessing=LOOKS, constants="half")
+    assert done.halved == 0
+    assert done.agreement.largest < 1e-4
+    assert "half precision" not in str(done)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_numbers_out_of_reach_stay_in_float():
-    assert rounded(torch.tensor([1.0, 1e6])) is None
-    assert rounded(torch.tensor([1.0, 1e-6])) is None  # as a scale it would lose 5 % of itself
-    torch.testing.assert_close(rounded(torch.tensor([-1.0, 1e-6])), torch.tensor([-1.0, 1e-6]), rtol=0, atol=1e-7)
-    x = torch.rand(1000) + 0.1
-    assert float(((rounded(x) - x) / x).abs().max()) <= 2.0**-11
-    model = nn.Linear(4, LEAST)
-    model.bias.data.fill_(1e6)
-    assert in_half(model)[1] == 1
 
 
 def test_a_network_in_float_becomes_half_as_large(tmp_path):
