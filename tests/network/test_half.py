@@ -27,6 +27,28 @@ def test_numbers_out_of_reach_stay_in_float():
     assert layer.bias[0].item() == 1e6
 
 
+class Tied(nn.Module):
+    """A classifier whose weight is also a table that is read as it is."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.mid, self.head = nn.Linear(8, 16), nn.Linear(16, 16), nn.Linear(16, 20, bias=False)
+        self.table = nn.Embedding(20, 16)
+        self.table.weight = self.head.weight
+
+    def forward(self, x):
+        return self.head(self.mid(self.stem(x).relu()).relu() + self.table.weight[0])
+
+
+def test_a_weight_that_is_read_elsewhere_too_stays():
+    images = torch.randn(32, 8)
+    model = quantize(Tied().eval(), [images], "w4a4", "rtn")
+    before = model.head.weight.clone()
+    assert round_constants(model, model.planish_assignment) > 0
+    assert torch.equal(model.head.weight, before)
+
+
 def test_codes_and_norms_stay_and_the_rest_is_of_half_precision():
     for name in RECIPES:
         model, images = network(name)

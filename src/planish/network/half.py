@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -38,9 +40,9 @@ def round_constants(model: nn.Module, plan: Assignment | None) -> int:
     """Round the constants of a model to half precision, in place and still held in float32; how many tensors changed.
 
     Rounded are the float32 parameters and buffers of at least ``LEAST`` numbers, with two exceptions. Quantized
-    weights, which a file holds as codes, become the values of the same codes on the rounded grid. BatchNorm stays:
-    what folding leaves of it computes nothing, its variance is one minus its epsilon, and half precision has no such
-    number.
+    weights, which a file holds as codes, become the values of the same codes on the rounded grid (those that another
+    module reads, too, stay as they are). BatchNorm stays: what folding leaves of it computes nothing, its variance is
+    one minus its epsilon, and half precision has no such number.
 
     Args:
         plan: of what is quantized; ``None`` for a model in float.
@@ -52,6 +54,7 @@ def round_constants(model: nn.Module, plan: Assignment | None) -> int:
         if weight is not None and isinstance(tap := taps[site.name], UniformQuantizer):
             coded.append((weight, tap, quantize(weight, tap.grid)))
     left = {id(weight) for weight, _, _ in coded}
+    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     left |= {id(tensor) for norm in norms for tensor in (*norm.parameters(), *norm.buffers())}
     changed = 0
@@ -62,5 +65,6 @@ def round_constants(model: nn.Module, plan: Assignment | None) -> int:
                 tensor.copy_(near)
                 changed += 1
     for weight, tap, codes in coded:
-        weight.copy_(dequantize(codes, tap.grid))
+        if holders[id(weight)] == 1:
+            weight.copy_(dequantize(codes, tap.grid))
     return changed

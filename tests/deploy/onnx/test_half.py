@@ -10,6 +10,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
+from planish.deploy.checkpoint import load, save
 from planish.deploy.onnx.export import export
 from planish.deploy.onnx.runtime import open_session
 from planish.errors import PlanishError
@@ -94,6 +95,8 @@ def test_openvino_reads_it(files):
 def test_a_network_that_was_quantized_so_is_exported_as_it_is(name, tmp_path):
     model, images = network(name)
     model = quantize(model, [images], "w4a4", [FoldBatchNorm(), Calibrate(), Round(), HalveConstants()])
+    save(model, tmp_path / "m.safetensors", recipe=RECIPES[name], preprocessing=LOOKS)
+    model = load(tmp_path / "m.safetensors")
     before = {key: value.clone() for key, value in model.state_dict().items()}
     done = export(model, tmp_path / "m.onnx", images=[images], preprocessing=LOOKS, constants="half")
     assert done.halved == 0

@@ -13,7 +13,7 @@ from planish.network.half import LEAST
 
 
 def store_half(graph: ir.Graph) -> None:
-    """Store each constant so that loses nothing by it; a Cast, which is folded when the file is loaded, widens it."""
+    """Store so each constant that loses nothing by it; a Cast, which is folded when the file is loaded, widens it."""
     editor = Editor(graph)
     first = next(iter(graph))
     for value in list(graph.initializers.values()):
