@@ -146,7 +146,7 @@ def latency(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def processor() -> str:
-    """What of the processor decides on integer kernels."""
+    """What of the processor decides on the kernels of integers and of bfloat16."""
     flags = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
     known = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "amx_int8", "avx512_bf16", "amx_bf16")
     found = [flag for flag in known if f" {flag}" in flags]

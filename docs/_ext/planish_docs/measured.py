@@ -59,10 +59,7 @@ def ptq(name: str, root: Path) -> str:
             parts += [] if network in HARDER else [f"Not measured on the {NETWORKS[network]}."]
             continue
         if network in HARDER:
-            harder = (
-                " ResNet-20 (a stem of stride 2): calibrated on images that it was trained on, measured on all test "
-                "images, the settings that were chosen on Fashion-MNIST."
-            )
+            harder = _harder("calibrated on images that it was trained on")
         rounded = _of(rows, network=network, arm="rtn")
         parts.append(_beside(network, {name: mine, "rtn": rounded}, "seconds"))
     shown = [row for network in NETWORKS for row in measured[network]]
@@ -89,7 +86,7 @@ def qat(name: str, root: Path) -> str:
             parts += [] if network in HARDER else [f"Not measured on the {title}."]
             continue
         if network in HARDER:
-            harder = _harder(mine[0])
+            harder = _harder(_part(mine[0]))
         other = "rtn" if name == "lsq" else "lsq"
         parts.append(_beside(network, {name: mine, other: _of(methods, network=network, arm=other)}, "train_seconds"))
     if all(part.startswith("Not") for part in parts):
@@ -105,12 +102,13 @@ def qat(name: str, root: Path) -> str:
     return "\n\n".join(parts)
 
 
-def _harder(row: Mapping[str, str]) -> str:
-    """What is different on the networks of ``benchmarks/small_images.py``."""
-    return (
-        f" ResNet-20 (a stem of stride 2): {int(row['train_images']):,} of the 50,000 images that it was trained on, "
-        "all test images, the settings that were chosen on Fashion-MNIST."
-    )
+def _harder(used: str) -> str:
+    """What is different on the networks of ``benchmarks/small_images.py``; ``used``: of their training images."""
+    return f" ResNet-20 (a stem of stride 2): {used}, all test images, the settings that were chosen on Fashion-MNIST."
+
+
+def _part(row: Mapping[str, str]) -> str:
+    return f"{int(row['train_images']):,} of the 50,000 images that it was trained on"
 
 
 def _variants(name: str, rows: Rows) -> list[str]:
@@ -141,7 +139,7 @@ def study(name: str, root: Path) -> str:
         if not set(names) & set(arms):
             continue
         if network in HARDER:
-            harder = _harder(here[0])
+            harder = _harder(_part(here[0]))
         found = {arm: _with_float(_of(here, arm=arm)) for arm in names}
         shown = [(arm, found[arm], "") for arm in names]
         differences = [(f"{a} - averaged", less(found[a], found["averaged"]), "") for a in names if a != "averaged"]

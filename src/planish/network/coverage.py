@@ -6,8 +6,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
+from torch import nn
+
 from planish.errors import PlanishError
 from planish.network.sites import Product, Site, Watched
+from planish.network.taps import CHILD
 from planish.scheme import Format, Scheme, read_override
 
 
@@ -29,6 +32,18 @@ class Assignment:
                 if fmt is not None and site.name not in seen:
                     seen.add(site.name)
                     yield site, fmt
+
+
+def read_through_its_tap(model: nn.Module, site: Site, plan: Assignment) -> bool:
+    """Whether nobody reads the bare weight: an embedding that shares it with the classifier does."""
+    weight = model.get_submodule(site.owner)._parameters[site.slot]
+    users = {product.module for product in plan.products if site in product.sites}
+    holders = {
+        path
+        for path, module in model.named_modules()
+        if CHILD not in path.split(".") and any(p is weight for p in module._parameters.values())
+    }
+    return holders - {site.owner} <= users
 
 
 def _matches(product: Product, patterns: Iterable[str]) -> bool:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from planish.errors import PlanishError
 from planish.functional import dequantize, quantize
-from planish.network.coverage import Assignment
+from planish.network.coverage import Assignment, read_through_its_tap
 from planish.network.taps import taps_of
 from planish.quantizers import UniformQuantizer
 
@@ -49,12 +47,13 @@ def round_constants(model: nn.Module, plan: Assignment | None) -> int:
     """
     taps = dict(taps_of(model))
     coded: list[tuple[nn.Parameter, UniformQuantizer, Tensor]] = []
+    left: set[int] = set()
     for site, _ in plan.quantized() if plan is not None else ():
         weight = model.get_submodule(site.owner)._parameters[site.slot] if site.parameter else None
         if weight is not None and isinstance(tap := taps[site.name], UniformQuantizer):
-            coded.append((weight, tap, quantize(weight, tap.grid)))
-    left = {id(weight) for weight, _, _ in coded}
-    holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+            left.add(id(weight))
+            if plan is not None and read_through_its_tap(model, site, plan):
+                coded.append((weight, tap, quantize(weight, tap.grid)))
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     left |= {id(tensor) for norm in norms for tensor in (*norm.parameters(), *norm.buffers())}
     changed = 0
@@ -65,6 +64,5 @@ def round_constants(model: nn.Module, plan: Assignment | None) -> int:
                 tensor.copy_(near)
                 changed += 1
     for weight, tap, codes in coded:
-        if holders[id(weight)] == 1:
-            weight.copy_(dequantize(codes, tap.grid))
+        weight.copy_(dequantize(codes, tap.grid))
     return changed

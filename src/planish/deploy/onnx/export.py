@@ -144,16 +144,13 @@ def export(
         import onnx  # noqa: F401
         import onnx_ir as ir
         import onnxscript  # noqa: F401
-
-        from planish.deploy.onnx.half import store_half
     except ImportError as error:
         raise PlanishError(f"{error.name} is not installed: pip install 'planish[onnx]'") from None
+    from planish.deploy.onnx.half import store_half
+
     path, prepared = Path(path), find_preprocessing(model, preprocessing)
     task = task_of(model)
-    shipped, halved = model, 0
-    if constants == "half":
-        shipped = copy.deepcopy(model)
-        halved = round_constants(shipped, getattr(shipped, "planish_assignment", None))
+    shipped, halved = _halved(model) if constants == "half" else (model, 0)
     graph, lowering, grids = _graph(shipped, prepared, layout, calibration if output_bits else None)
     if constants == "half":
         store_half(graph.graph)
@@ -187,6 +184,12 @@ def _as_executed(forms: Sequence[Any], ran: Executed) -> tuple[Any, ...]:
         replace(form, kernel="float", why=why, inexact_channels=0) if form.node and form.node in ran.in_float else form
         for form in forms
     )
+
+
+def _halved(model: nn.Module) -> tuple[nn.Module, int]:
+    """A copy with its constants in half precision, and how many of its tensors that changed."""
+    twin = copy.deepcopy(model)
+    return twin, round_constants(twin, getattr(twin, "planish_assignment", None))
 
 
 def _graph(model: nn.Module, prepared: Preprocessing, layout: str, calibration: Iterable[Any] | None) -> Any:

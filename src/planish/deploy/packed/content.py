@@ -20,8 +20,8 @@ from planish.errors import PlanishError
 from planish.functional import dequantize, quantize
 from planish.models import Preprocessing
 from planish.network import Assignment, Site, taps_of
+from planish.network.coverage import read_through_its_tap
 from planish.network.rebuilding import rebuilt
-from planish.network.taps import CHILD
 from planish.quantizers import ShiftedQuantizer, UniformQuantizer
 from planish.scheme import Format
 
@@ -70,7 +70,7 @@ def content_of(model: nn.Module) -> Content:
             own |= {key: getattr(taps[name], key) for key in ("before", "after")}
         own = {key: value.detach().cpu() for key, value in own.items()}
         check_grid(site, fmt, own)
-        if name in tensors and _read_through_its_tap(model, site, plan):
+        if plan and name in tensors and read_through_its_tap(model, site, plan):
             weight = tensors[name]
             packed[name] = Packed(name, weight.dtype, tuple(weight.shape))
             tensors[name] = _codes(weight, site, fmt, taps[name])
@@ -95,18 +95,6 @@ def _own_tensors(model: nn.Module, sites: dict[str, tuple[Site, Format]]) -> tup
         first = next((key for key in keys if key in sites), keys[0])
         tied |= {key: first for key in keys if key != first}
     return {key: tensor for key, tensor in tensors.items() if key not in tied}, tied
-
-
-def _read_through_its_tap(model: nn.Module, site: Site, plan: Assignment | None) -> bool:
-    """Whether nobody reads the bare weight: an embedding that shares it with the classifier does."""
-    weight = model.get_submodule(site.owner)._parameters[site.slot]
-    users = {product.module for product in plan.products if site in product.sites} if plan else set()
-    holders = {
-        path
-        for path, module in model.named_modules()
-        if CHILD not in path.split(".") and any(p is weight for p in module._parameters.values())
-    }
-    return holders - {site.owner} <= users
 
 
 def _codes(weight: Tensor, site: Site, fmt: Format, tap: UniformQuantizer) -> Tensor:
