@@ -49,7 +49,7 @@ class Arm:
 
     name: str
     method: Method | None = None
-    start: str = "given"  # or "flat": half of the epochs go into flattening; or "tuned": all of them, in float
+    start: str = "given"  # or "flat": half of the epochs go into flattening; or a method of `planish quantize`
     labels: int = 0  # labelled images; 0: all. The rest is given as unlabelled images where the method takes them
     averaging: float | None = QATSettings.averaging
     schemes: tuple[str, ...] = ("w4a4", "w2a4", "w2a2")
@@ -142,6 +142,8 @@ class Study:
             half = FlattenSettings(training=replace(training, epochs=self.args.epochs // 2))
             start = flatten(given, loader, scheme, settings=half)
             training = replace(training, epochs=self.args.epochs - self.args.epochs // 2)
+        elif arm.start != "given":
+            start = quantize(given, calibration, scheme, arm.start)
         settings = QATSettings(averaging=arm.averaging, training=replace(training, freeze_batchnorm=False))
         return train_quantized(
             start, loader, scheme, arm.method, given=given, calibration=calibration, unlabelled=unlabelled,

@@ -68,17 +68,35 @@ class ResNet20(nn.Module):
         return self.head(self.blocks(self.stem(x)).mean((2, 3)))
 
 
+class ConvolutionalStem(nn.Module):
+    """Three strided convolutions and a projection in place of one patch embedding (Xiao et al. 2021, arXiv 2106.14881).
+
+    [N, 3, 32, 32] -> [N, 16, ``embed_dim``]: 16 tokens, so that a step costs a quarter of one with patches of 4 x 4.
+    """
+
+    def __init__(self, *, embed_dim: int, **_: Any) -> None:
+        super().__init__()
+        widths, layers = (3, 24, 48, 96), []
+        for before, width in itertools.pairwise(widths):
+            layers += [nn.Conv2d(before, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
+        self.layers = nn.Sequential(*layers, nn.Conv2d(widths[-1], embed_dim, 1))
+        self.num_patches, self.grid_size = 16, (4, 4)  # timm reads them for the position embedding
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x).flatten(2).transpose(1, 2)
+
+
 def vit(num_classes: int) -> nn.Module:
-    """A ViT of 1.2 M parameters: 64 tokens of 4 x 4 pixels, 192 wide, 4 blocks."""
+    """A ViT of 1.3 M parameters: 16 tokens from a convolutional stem, 192 wide, 4 blocks."""
     return timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, patch_size=4, embed_dim=192, depth=4, num_heads=3, mlp_ratio=2,
-        class_token=False, global_pool="avg", num_classes=num_classes,
+        "vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=192, depth=4, num_heads=3, mlp_ratio=2,
+        class_token=False, global_pool="avg", num_classes=num_classes, embed_layer=ConvolutionalStem,
     )  # fmt: skip
 
 
 NETWORKS = {
     "resnet20": (ResNet20, TrainingSettings(lr=0.1, optimizer="sgd", weight_decay=5e-4, freeze_batchnorm=False)),
-    "vit": (vit, TrainingSettings(lr=1e-3, optimizer="adamw", weight_decay=0.05)),
+    "vit": (vit, TrainingSettings(lr=1e-3, optimizer="adamw", weight_decay=0.05, freeze_batchnorm=False)),
 }
 NAMES = [f"{images}-{network}" for images in IMAGES for network in NETWORKS]
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from planish.errors import PlanishError
 from planish.qat import Method, QATSettings, train_quantized
@@ -13,6 +14,7 @@ from planish.qat.fpq import (
     FPQ,
     ChannelStandardizedDistillation,
     FeaturePerturbation,
+    _ChannelDistance,
     perturb,
     standardize,
     standardized_distance,
@@ -129,6 +131,38 @@ def test_a_constant_channel_makes_no_nan():
     z = torch.zeros(3, 2, 4, 4, requires_grad=True)
     standardized_distance(z, draw(3, 2, 4, 4)).backward()
     assert torch.isfinite(z.grad).all()
+
+
+def test_the_gradient_written_out_is_that_of_the_formula():
+    student, teacher = draw(5, 3, 4, 4).requires_grad_(), draw(5, 3, 4, 4, seed=1)
+    for axis, dims in ((1, [0, 2, 3]), (-1, [0, 1, 2])):
+        target = standardize(teacher, axis)
+        assert torch.autograd.gradcheck(lambda z, t=target, d=dims: _ChannelDistance.apply(z, t, d), student)
+    far = (draw(5, 3, 4, 4).float() + 100).requires_grad_()  # a mean of a hundred deviations, in float32
+    standardized_distance(far, teacher, "sum").backward()
+    exact = far.detach().double().requires_grad_()
+    csd_twin(exact, teacher).backward()
+    torch.testing.assert_close(far.grad.double(), exact.grad, rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_outputs_are_copied_where_something_works_in_place_on_them():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 4)), torch.randn(3, 4)
+    first, second = model[0](x), model(x)
+    outputs = Outputs(model, ["0", "2"])
+    for step in range(3):
+        got = model(x)
+        assert (outputs.kept["2"] is got) == (step > 0)  # nobody changes it, which the first step shows
+        seen = outputs.take()
+        assert torch.equal(seen["0"], first)
+        assert torch.equal(seen["2"], second)
+    model(x).mul_(2)
+    assert set(outputs.take()) == {"0"}  # lost, and known to be
+    model(x).mul_(2)
+    assert torch.equal(outputs.take()["2"], second)
+    with torch.inference_mode():
+        model(x)
+    assert torch.equal(outputs.take()["0"], first)
 
 
 def test_gradients_flow_to_the_student_only():

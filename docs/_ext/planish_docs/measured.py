@@ -14,6 +14,8 @@ NETWORKS = {"convnet": "convolutional network", "vit": "transformer"}
 HARDER = {
     "cifar10-resnet20": "ResNet-20 on CIFAR-10 (JPEG)",
     "tin100-resnet20": "ResNet-20 on Tiny-ImageNet-100, 32 px",
+    "cifar10-vit": "transformer on CIFAR-10 (JPEG)",
+    "tin100-vit": "transformer on Tiny-ImageNet-100, 32 px",
 }
 TITLES = NETWORKS | HARDER
 SAME_AS = {"best-qat": "mec"}  # a name for another method with its default options
@@ -62,7 +64,7 @@ def ptq(name: str, root: Path) -> str:
             harder = _harder("calibrated on images that it was trained on")
         rounded = _of(rows, network=network, arm="rtn")
         parts.append(_beside(network, {name: mine, "rtn": rounded}, "seconds"))
-    shown = [row for network in NETWORKS for row in measured[network]]
+    shown = [row for network in NETWORKS for row in measured[network]] or sum(measured.values(), [])
     learning = [row for row in shown if row["iterations"]]
     learned = f"{_all(learning, 'iterations')} iterations a unit where roundings are learned, " if learning else ""
     parts.append(
@@ -104,7 +106,10 @@ def qat(name: str, root: Path) -> str:
 
 def _harder(used: str) -> str:
     """What is different on the networks of ``benchmarks/small_images.py``; ``used``: of their training images."""
-    return f" ResNet-20 (a stem of stride 2): {used}, all test images, the settings that were chosen on Fashion-MNIST."
+    return (
+        " CIFAR-10 and Tiny-ImageNet-100, ResNet-20 with a stem of stride 2 and a transformer with a convolutional stem: "
+        f"{used}, all test images, the settings that were chosen on Fashion-MNIST."
+    )
 
 
 def _part(row: Mapping[str, str]) -> str:

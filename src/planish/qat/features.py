@@ -43,24 +43,39 @@ class OwnHook:
 
 
 class Outputs:
-    """Forward hooks that keep the latest output of some modules; ``take`` hands them over and forgets them."""
+    """Forward hooks that keep the latest output of some modules; ``take`` hands them over and forgets them.
+
+    What follows a module may work in place on its output (``nn.ReLU(inplace=True)``). Copies of all would double what a
+    step holds, so every output is copied in the first step only, which shows who is worked on, and later only these.
+    """
 
     def __init__(self, model: nn.Module, paths: Iterable[str]) -> None:
         self.kept: dict[str, Tensor] = {}
+        self.originals: dict[str, tuple[Tensor, int]] = {}  # with the changes in place that they had when they came
+        self.changes: dict[str, bool] = {}  # whether the output of a module was ever changed in place
         self.handles = [model.get_submodule(path).register_forward_hook(self._keeper(path)) for path in paths]
 
     def _keeper(self, path: str) -> OwnHook:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.kept[path] = output.clone()  # what follows may work in place on it
+            changes = output.is_inference() or self.changes.get(path)  # the former counts no changes
+            if not changes:
+                self.originals[path] = output, output._version
+            self.kept[path] = output if changes is False else output.clone()
 
         return OwnHook(keep)
 
     def take(self) -> dict[str, Tensor]:
-        """What was kept since the last call, by the module's path."""
-        kept, self.kept = self.kept, {}
+        """What was kept since the last call, by the module's path; without an output that is changed in place for the
+        first time after the first step, when it was not copied."""
+        for path, (original, version) in self.originals.items():
+            changed = original._version != version
+            if changed and self.changes.get(path) is False:
+                del self.kept[path]
+            self.changes[path] = changed
+        kept, self.kept, self.originals = self.kept, {}, {}
         return kept
 
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
-        self.kept = {}
+        self.kept, self.originals = {}, {}

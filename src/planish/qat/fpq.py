@@ -72,27 +72,61 @@ class FeaturePerturbation(Ingredient):
 
 def standardize(z: Tensor, channel_axis: int = 1, eps: float = EPS) -> Tensor:
     """Each channel with mean 0 and variance 1 over everything else: ``(z - mean) / sqrt(var + eps)`` (section 3.3)."""
-    channel_axis %= z.dim()
-    dims = [d for d in range(z.dim()) if d != channel_axis]
+    dims = _others(z, channel_axis)
     centred = z - z.mean(dims, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
+
+
+def _others(z: Tensor, channel_axis: int) -> list[int]:
+    return [d for d in range(z.dim()) if d != channel_axis % z.dim()]
+
+
+class _ChannelDistance(torch.autograd.Function):
+    """``mean (target - standardize(z))^2`` for every channel, with ``target`` standardized and without a gradient.
+
+    Written out, so that nothing as large as a layer's output is kept for the backward pass but the two that are there
+    anyway. With ``r = 1 / sqrt(var + eps)``, ``q = mean(target (z - mean))`` and M values a channel, the distance is
+    ``mean(target^2) + r^2 var - 2 r q`` and its gradient ``2/M ((eps r^4 + q r^3) (z - mean) - r target)``.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, target: Tensor, dims: list[int]) -> Tensor:
+        mean = z.mean(dims, keepdim=True)
+        centred = z - mean
+        shared = (centred * target).mean(dims, keepdim=True)
+        variance = centred.square_().mean(dims, keepdim=True)
+        inverse = torch.rsqrt(variance + EPS)
+        ctx.save_for_backward(z, target, mean, shared, inverse)
+        return target.square().mean(dims, keepdim=True) + variance * inverse.square() - 2 * inverse * shared
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        z, target, mean, shared, inverse = ctx.saved_tensors
+        each = gradients[0] * (2 * mean.numel() / z.numel())
+        slope = each * (EPS * inverse**4 + shared * inverse**3)
+        return (z - mean).mul_(slope).addcmul_(target, -each * inverse), None, None
+
+
+def distance_to(student: Tensor, target: Tensor, reduction: str = "mean", channel_axis: int = 1) -> Tensor:
+    """:func:`standardized_distance` to a teacher's output that :func:`standardize` has been applied to already."""
+    channels: Tensor = _ChannelDistance.apply(student.float(), target, _others(student, channel_axis))
+    if reduction == "mean":
+        return channels.mean()
+    total = channels.sum() * (student.numel() // channels.numel())
+    return total if reduction == "sum" else total / len(student)
 
 
 def standardized_distance(student: Tensor, teacher: Tensor, reduction: str = "mean", channel_axis: int = 1) -> Tensor:
     """``|| standardize(teacher) - standardize(student) ||^2``, summed (CSD, section 3.3), or its mean.
 
     The sum is ``2 M sum_c (1 - rho_c)``, with rho_c the Pearson correlation of channel c and M its number of values; so
-    the mean lies in [0, 4]. ``"batch-mean"`` divides the sum by the number of images.
+    the mean lies in [0, 4]. ``"batch-mean"`` divides the sum by the number of images. No gradient reaches the teacher.
 
     Args:
         student, teacher: outputs of one layer, of any shape with the batch first; computed in float32.
         channel_axis: 1 for a convolution, -1 for a linear layer.
     """
-    ours, theirs = (standardize(z.float(), channel_axis) for z in (student, teacher))
-    squared = (theirs - ours).square()
-    if reduction == "sum":
-        return squared.sum()
-    return squared.mean() if reduction == "mean" else squared.sum() / len(squared)
+    return distance_to(student, standardize(teacher.detach().float(), channel_axis), reduction, channel_axis)
 
 
 class ChannelStandardizedDistillation(Ingredient):
@@ -120,7 +154,7 @@ class ChannelStandardizedDistillation(Ingredient):
         self.layers, self.weight, self.reduction = dict(layers), weight, reduction
         self.ours: Outputs | None = None  # until start, which a failure elsewhere may forestall
         self.theirs: Outputs | None = None
-        self.target: dict[str, Tensor] = {}
+        self.target: dict[str, Tensor] = {}  # the teacher's outputs, standardized
 
     def start(self, run: Run) -> None:
         self.ours, self.theirs = Outputs(run.model, self.layers), Outputs(self.teacher, self.layers)
@@ -130,14 +164,16 @@ class ChannelStandardizedDistillation(Ingredient):
         assert self.theirs is not None
         with torch.no_grad(), run.accelerator.autocast():
             call_model(self.teacher, inputs)
-        self.target = self.theirs.take()
+        seen = self.theirs.take()
+        # one after the other, so that there is one set of outputs and not two
+        self.target = {path: standardize(seen.pop(path).float(), self.layers[path]) for path in tuple(seen)}
         self.ours.take()
 
     def loss(self, run: Run, inputs: Any, labels: Tensor | None, logits: Tensor) -> Tensor | None:
         assert self.ours is not None
         seen = self.ours.take()
         distances = [
-            standardized_distance(seen[path], self.target[path], self.reduction, axis)
+            distance_to(seen[path], self.target[path], self.reduction, axis)
             for path, axis in self.layers.items()
             if path in seen and path in self.target  # a layer may be skipped in training (stochastic depth)
         ]

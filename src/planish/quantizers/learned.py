@@ -16,6 +16,32 @@ from planish.scheme import Format
 FLOOR = 0.01  # a scale never falls below this share of what it was at the start, so that no layer dies
 
 
+def round_in_place(x: Tensor, grid: Grid) -> Tensor:
+    """``fake_quantize`` where no gradient is asked for, with one new tensor only."""
+    wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    steps = torch.div(wide, grid.scale)
+    if grid.offset:
+        steps.sub_(grid.offset)
+    steps.round_()
+    # clamping the code plus its zero point is clamping the code to shifted limits: one pass less
+    low, high = grid.qmin - grid.zero_point, grid.qmax - grid.zero_point
+    if _as_numbers(grid.zero_point):
+        steps.clamp_(low.item(), high.item())
+    else:
+        steps.clamp_(low, high)
+    if grid.offset:
+        steps.add_(grid.offset)
+    return steps.mul_(grid.scale).to(x.dtype)
+
+
+def pass_between(gradient: Tensor, x: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The gradient where ``low < x < high``, else zero."""
+    if _as_numbers(low):
+        passed: Tensor = torch.ops.aten.hardtanh_backward(gradient, x, low.item(), high.item())
+        return passed
+    return torch.where((x > low) & (x < high), gradient, 0)
+
+
 class _Learned(torch.autograd.Function):
     """Fake quantization whose scale and zero point receive gradients; ``pull`` is EWGS's delta."""
 
@@ -24,22 +50,9 @@ class _Learned(torch.autograd.Function):
         ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, floor: Tensor | None,
         limits: tuple[int, int, float], factor: float, pull: float,
     ) -> Tensor:  # fmt: skip
-        qmin, qmax, offset = limits
         scale = scale.detach() if floor is None else torch.maximum(scale.detach(), floor)
-        zero_point = zero_point.detach().round().clamp(qmin, qmax)
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        steps = torch.div(wide, scale)
-        if offset:
-            steps.sub_(offset)
-        steps.round_()
-        # clamping the code plus its zero point is clamping the code to shifted limits: one pass less
-        if _as_numbers(zero_point):
-            steps.clamp_(qmin - zero_point.item(), qmax - zero_point.item())
-        else:
-            steps.clamp_(qmin - zero_point, qmax - zero_point)
-        if offset:
-            steps.add_(offset)
-        out = steps.mul_(scale).to(x.dtype)
+        zero_point = zero_point.detach().round().clamp(*limits[:2])
+        out = round_in_place(x, Grid(scale, zero_point, *limits))
         ctx.save_for_backward(x, out, scale, zero_point)
         ctx.limits, ctx.factor, ctx.pull = limits, factor, pull
         return out
@@ -49,10 +62,7 @@ class _Learned(torch.autograd.Function):
         x, out, scale, zero_point = ctx.saved_tensors
         qmin, qmax, offset = ctx.limits
         low, high = (qmin - zero_point - 0.5 + offset) * scale, (qmax - zero_point + 0.5 + offset) * scale
-        if _as_numbers(low):
-            passed = torch.ops.aten.hardtanh_backward(gradient, x, low.item(), high.item())
-        else:
-            passed = torch.where((x > low) & (x < high), gradient, 0)
+        passed = pass_between(gradient, x, low, high)
         to_scale = to_zero_point = None
         if ctx.needs_input_grad[1]:
             # d out / d scale is (out - x) / scale inside the range and out / scale outside (LSQ, equation 3)

@@ -8,30 +8,32 @@ import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError
-from planish.functional import Grid, fake_quantize
+from planish.functional import Grid
+from planish.quantizers.learned import pass_between, round_in_place
 from planish.quantizers.ranges import SMALLEST
 from planish.quantizers.trainable import TrainableQuantizer
 from planish.scheme import Format
 
 
-class _Clip(torch.autograd.Function):
-    """Clip to [-alpha, alpha] or [0, alpha]; alpha receives what was clipped off (PACT, equation 3)."""
+class _ClipAndRound(torch.autograd.Function):
+    """Round to a grid that ends at alpha; the gradient is that of clipping to [-alpha, alpha] or [0, alpha], and alpha
+    receives what was clipped off (PACT, equation 3)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, alpha: Tensor, signed: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, alpha: Tensor, signed: bool, grid: Grid) -> Tensor:
         ctx.save_for_backward(x, alpha)
         ctx.signed = signed
-        low = -alpha if signed else torch.zeros_like(alpha)
-        return x.clamp(low.to(x.dtype), alpha.to(x.dtype))
+        return round_in_place(x, grid)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
         x, alpha = ctx.saved_tensors
-        above, below = x >= alpha, x <= (-alpha if ctx.signed else torch.zeros_like(alpha))
-        to_alpha = torch.where(above, gradient, 0).float().sum_to_size(alpha.shape)
-        if ctx.signed:
-            to_alpha = to_alpha - torch.where(below, gradient, 0).float().sum_to_size(alpha.shape)
-        return torch.where(above | below, 0, gradient), to_alpha, None
+        passed = pass_between(gradient, x, -alpha if ctx.signed else torch.zeros_like(alpha), alpha)
+        ends = x.sign()  # which end a value that was clipped went to; the lower one is fixed if alpha is the only one
+        if not ctx.signed:
+            ends.clamp_(min=0)
+        to_alpha = torch.dot((gradient - passed).float().reshape(-1), ends.float().reshape(-1))
+        return passed, to_alpha.reshape(alpha.shape), None, None
 
 
 class PACTQuantizer(TrainableQuantizer):
@@ -70,8 +72,8 @@ class PACTQuantizer(TrainableQuantizer):
         return Grid(scale, torch.where(self.signed, float(middle), float(f.qmin)), f.qmin, f.qmax, f.offset)
 
     def forward(self, x: Tensor) -> Tensor:
-        clipped = _Clip.apply(x, self.alpha, bool(self.signed))
-        return fake_quantize(x.detach(), self.grid) + (clipped - clipped.detach())  # the gradient is the clip's
+        rounded: Tensor = _ClipAndRound.apply(x, self.alpha, bool(self.signed), self.grid)
+        return rounded
 
     @torch.no_grad()
     def keep_valid(self) -> None:

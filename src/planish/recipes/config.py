@@ -42,7 +42,7 @@ class TrainOptions:
     epochs: int = 6
     """passes over the training images, for every trained arm"""
     lr: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
-    """peak learning rate; default: 0.02 with SGD (networks with BatchNorm), 5e-4 with AdamW (others)"""
+    """peak learning rate; default: 0.02 with SGD (BatchNorm and no LayerNorm), 5e-4 with AdamW (other networks)"""
     optimizer: str = "auto"
     """auto, sgd or adamw"""
     mixed_precision: str = "no"

@@ -116,12 +116,15 @@ def gather_rows(part: Tensor, accelerator: Accelerator, counts: Sequence[int] | 
 def make_optimizer(model: nn.Module, settings: TrainingSettings) -> tuple[torch.optim.Optimizer, float]:
     """The optimizer and its peak learning rate; weight decay on tensors of two or more dimensions only.
 
-    A group's ``share`` is what it gets of the learning rate of a step.
+    "auto" is SGD for networks with BatchNorm and AdamW for others, and for those that have LayerNorm as well: a
+    transformer behind a convolutional stem is a transformer. A group's ``share`` is what it gets of the learning rate
+    of a step.
     """
     name = settings.optimizer
     if name == "auto":
-        batchnorm = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
-        name = "sgd" if batchnorm else "adamw"
+        kinds = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+        batchnorm, layernorm = (any(isinstance(m, kind) for m in model.modules()) for kind in kinds)
+        name = "sgd" if batchnorm and not layernorm else "adamw"
     if name not in _DEFAULTS:
         raise PlanishError(f"optimizer is {name!r}: choose auto, {' or '.join(_DEFAULTS)}")
     default_lr, default_decay = _DEFAULTS[name]

@@ -38,7 +38,8 @@ CHECKPOINT_MINUTES = 10.0  # so much work is lost at most by a kill -9, beside w
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """How long and how fast. ``None`` means: chosen from the model (SGD if it has BatchNorm, else AdamW).
+    """How long and how fast. ``None`` means: chosen from the model (SGD if it has BatchNorm and no LayerNorm; else
+    AdamW).
 
     Attributes:
         epochs: passes over the loader.
