@@ -8,7 +8,7 @@ import torch
 from timm.layers import BatchNormAct2d, StdConv2d
 from torch import nn
 
-from planish.network import fold_batchnorm
+from planish.network import fold_batchnorm, unfold_batchnorm
 from planish.network.folding import find_pairs
 from tests.network.zoo import build, image
 
@@ -63,6 +63,27 @@ def test_outputs_stay(make, shape):
     assert find_pairs(model, x) == [("0", "1")]  # once more changes nothing
     fold_batchnorm(model, x)
     assert relative(model(x), expected) < 1e-5
+
+
+@pytest.mark.parametrize(("make", "shape"), CASES.values(), ids=CASES)
+def test_unfolded_it_computes_the_same_and_normalizes_by_its_batch_again(make, shape):
+    torch.manual_seed(0)
+    model, batches = randomize(make()), [torch.randn(shape) for _ in range(3)]
+    expected = model(batches[0])
+    assert unfold_batchnorm(model, batches) == 0  # nothing was folded
+    fold_batchnorm(model, batches[0])
+    assert unfold_batchnorm(model, batches) == 1
+    assert relative(model(batches[0]), expected) < 1e-5
+    norm, inputs = model[1], torch.cat([model[0](x) for x in batches])
+    dims = [d for d in range(inputs.dim()) if d != 1]
+    torch.testing.assert_close(norm.running_mean, inputs.mean(dims), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norm.running_var, inputs.var(dims, correction=0), rtol=1e-4, atol=1e-5)
+    whole = torch.cat(batches)
+    if not isinstance(norm, nn.SyncBatchNorm):  # which trains on accelerators only
+        assert relative(copy.deepcopy(model).train()(whole), model(whole)) < 0.05
+    fold_batchnorm(model, batches[0])
+    assert unfold_batchnorm(model, []) == 0  # without images it stays folded
+    assert relative(model(batches[0]), expected) < 1e-5
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "mobilenetv3"])

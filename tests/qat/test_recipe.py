@@ -8,7 +8,7 @@ import torch
 
 from planish.errors import PlanishError
 from planish.flattening import flatten, plain
-from planish.network import ledger, taps_of
+from planish.network import ledger, reestimate_batchnorm, taps_of
 from planish.ptq import Calibrate, Round, quantize
 from planish.qat import METHODS, Method, QATSettings, get_method, train_quantized
 from planish.training import Ingredient, Interrupted, TrainingFailed
@@ -85,6 +85,21 @@ def test_weight_decay_leaves_step_sizes_alone():
     settings = replace(SETTINGS, training=tiny.settings(epochs=1, weight_decay=0.1, quantizer_lr=0.25))
     train_quantized(tiny.conv(), tiny.loader(), "w4a4", settings=settings, extra=[Look()])
     assert seen["groups"] == [(0.1, None, 3), (0.0, None, 7), (0.0, 0.25, 6)]
+
+
+@pytest.mark.parametrize("passes", ["rtn", "matched"])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_folded_batchnorm_does_not_normalize_a_quantized_network_anew(passes, frozen):
+    model, batches = tiny.conv(), tiny.loader(n=64, batch=32)
+    images = [x for x, _ in batches]
+    for norm in (model[1], model[5]):
+        torch.nn.init.constant_(norm.weight, 0.3)
+        torch.nn.init.constant_(norm.bias, 1.0)
+    reestimate_batchnorm(model.eval(), images)
+    start = quantize(model, images, "w8a8", passes)
+    still = QATSettings(averaging=None, training=tiny.settings(epochs=1, lr=1e-9, freeze_batchnorm=frozen))
+    after, before = train_quantized(start, batches, "w8a8", settings=still)(images[0]), start(images[0])
+    assert (after - before).norm() < 0.02 * (before - before.mean(0)).norm()
 
 
 def test_the_quantizers_share_of_the_learning_rate():

@@ -2,7 +2,7 @@
 
 from planish.network.compensated import add_compensation
 from planish.network.coverage import Assignment, assign, check_covered
-from planish.network.folding import fold_batchnorm
+from planish.network.folding import fold_batchnorm, unfold_batchnorm
 from planish.network.ledger import Ledger, ledger
 from planish.network.mlps import find_mlps, put_relu
 from planish.network.norms import reestimate_batchnorm
@@ -32,6 +32,7 @@ __all__ = [
     "reparameterize_query_key",
     "rotate_stream",
     "taps_of",
+    "unfold_batchnorm",
     "watch",
     "weights_megabytes",
 ]

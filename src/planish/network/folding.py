@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -118,6 +118,61 @@ def fold_batchnorm(model: nn.Module, example: Any) -> list[tuple[str, str]]:
         else:
             saved.restore()
     return folded
+
+
+@torch.no_grad()
+def unfold_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
+    """Give every folded BatchNorm of ``model`` statistics to normalize by, in place; returns how many there were.
+
+    They are those of its input over ``batches``, and its affine map becomes the one that undoes them. So outputs stay
+    what they are, also those of a quantized network, which can be trained with batch statistics again: the identity
+    that folding leaves would normalize its input there, and nothing would scale it back.
+    """
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_folded(m)]
+    seen = [_Moments(norm) for norm in norms]
+    try:
+        with evaluating(model):
+            for batch in batches if norms else ():
+                call_model(model, batch)
+    finally:
+        for moments in seen:
+            moments.handle.remove()
+    for norm, moments in zip(norms, seen, strict=True):
+        if moments.count:
+            _unfold(norm, moments.mean, (moments.square - moments.mean.square()).clamp_(min=0))
+    return sum(moments.count > 0 for moments in seen)
+
+
+def _is_folded(norm: _BatchNorm) -> bool:
+    mean, variance = norm.running_mean, norm.running_var
+    return mean is not None and variance is not None and not mean.any() and bool((variance == 1.0 - norm.eps).all())
+
+
+def _unfold(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    for name, start in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
+        if getattr(norm, name) is None:  # it was without an affine map, which is in the layer before it now
+            norm.register_parameter(name, nn.Parameter(start(norm.running_mean)))
+    norm.bias.copy_(norm.bias + norm.weight * mean)
+    norm.weight.copy_(norm.weight * (variance + norm.eps).sqrt())
+    norm.running_mean.copy_(mean)
+    norm.running_var.copy_(variance)
+
+
+class _Moments:
+    """Mean and mean square of what enters a norm, for each channel, in float64."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        self.count, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
+        self.handle = norm.register_forward_pre_hook(self)
+
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].transpose(0, 1).flatten(1).double()
+        self.count += x.shape[1]
+        share = x.shape[1] / self.count
+        self.mean = self.mean + share * (x.mean(1) - self.mean)
+        self.square = self.square + share * (x.square().mean(1) - self.square)
 
 
 class _Saved:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.network import Assignment, assign, detach, reestimate_batchnorm, watch
+from planish.network import Assignment, assign, detach, reestimate_batchnorm, unfold_batchnorm, watch
 from planish.network.batches import first_image, split_batch, to_device
 from planish.network.faults import sound
 from planish.qat.method import Context, Method
@@ -102,6 +102,8 @@ def train_quantized(
     batches = _inputs(calibration or loader, None if calibration else settings.calibration_batches, accelerator.device)
     plan = _plan(student, method, scheme, batches[0], allow)
     taps = insert_quantizers(student, batches, plan, method)
+    if not training.freeze_batchnorm:
+        unfold_batchnorm(student, batches)
     context = Context(student, teacher, plan, taps, training.seed, unlabelled)
     # the upkeep comes first: what others see after a step is valid
     ingredients = [Upkeep(taps), *method.ingredients(context), *extra]
