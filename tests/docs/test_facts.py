@@ -93,7 +93,7 @@ def test_a_figure_is_the_mean_of_the_rows():
 def test_what_was_not_measured_is_said_to_be_so():
     assert measured.NOT_MEASURED in facts.facts("ptq", "glf", ROOT)
     assert "Not measured on the transformer." in facts.facts("ptq", "erq", ROOT)
-    assert "± " in facts.facts("qat", "best-qat", ROOT)  # the figures of mec
+    assert "± " in facts.facts("qat", "best-qat", ROOT)  # the figures of fpq
 
 
 def test_sources_are_linked():

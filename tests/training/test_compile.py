@@ -7,6 +7,7 @@ import torch
 
 from planish.flattening import FlattenSettings, flatten
 from planish.qat import QATSettings, train_quantized
+from planish.qat.fpq import FPQ
 from tests.training import tiny
 
 SETTINGS = tiny.settings(epochs=1, freeze_batchnorm=True)
@@ -58,6 +59,17 @@ def test_learned_steps_are_in_the_graph(graphs):
     assert 1 <= len(graphs) <= 2  # a second one only if a step moves from one kind of memory to another
     functions = [str(node.target) for node in graphs[0].graph.nodes]
     assert sum("autograd_function_apply" in name for name in functions) == 6  # three layers, weight and input
+
+
+def test_outputs_that_are_kept_do_not_compile_every_step_anew(graphs):
+    calibration = [tiny.data(seed=1).tensors[0]]
+
+    def trained(settings):
+        options = {"settings": QATSettings(training=settings), "calibration": calibration}
+        return train_quantized(tiny.conv(), tiny.loader(), "w4a4", FPQ(p=0.0), **options)
+
+    close(*both(trained))
+    assert 1 <= len(graphs) <= 3
 
 
 @pytest.mark.parametrize("share", [0.5, 1.0])

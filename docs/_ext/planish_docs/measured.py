@@ -18,7 +18,7 @@ HARDER = {
     "tin100-vit": "transformer on Tiny-ImageNet-100, 32 px",
 }
 TITLES = NETWORKS | HARDER
-SAME_AS = {"best-qat": "mec"}  # a name for another method with its default options
+SAME_AS = {"best-qat": "fpq"}  # a name for another method with its default options
 NOT_MEASURED = "Not measured: no benchmark of the repository has figures of it on test images."
 GRIDS = (
     "weights per channel, activations per tensor, ranges by least squared error, first and last layer at 8 bits, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from planish.network import Product
@@ -57,7 +58,10 @@ class Outputs:
 
     def _keeper(self, path: str) -> OwnHook:
         def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-            changes = output.is_inference() or self.changes.get(path)  # the former counts no changes
+            if torch.compiler.is_compiling() or output.is_inference():  # neither counts changes in place
+                self.kept[path] = output.clone()
+                return
+            changes = self.changes.get(path)
             if not changes:
                 self.originals[path] = output, output._version
             self.kept[path] = output if changes is False else output.clone()

@@ -65,11 +65,11 @@ class KD(Method):
 
 
 @dataclass(frozen=True)
-class BestQAT(MEC):
-    """What did best in this project's own runs: MEC with the features of the float network (docs/training.md)."""
+class BestQAT(FPQ):
+    """What did best in this project's own runs (docs/training.md)."""
 
     name: ClassVar[str] = "best-qat"
-    summary: ClassVar[str] = "the one that did best here: mec as it is by default"
+    summary: ClassVar[str] = "the one that did best here: fpq as it is by default"
     paper: ClassVar[str] = "docs/training.md"
 
 
