@@ -8,6 +8,7 @@ import torch
 from timm.layers import BatchNormAct2d, StdConv2d
 from torch import nn
 
+from planish.errors import PlanishError
 from planish.network import fold_batchnorm, unfold_batchnorm
 from planish.network.folding import find_pairs
 from tests.network.zoo import build, image
@@ -72,6 +73,10 @@ def test_unfolded_it_computes_the_same_and_normalizes_by_its_batch_again(make, s
     expected = model(batches[0])
     assert unfold_batchnorm(model, batches) == 0  # nothing was folded
     fold_batchnorm(model, batches[0])
+    if not model[1].affine:
+        with pytest.raises(PlanishError, match="1: this BatchNorm without scale"):
+            unfold_batchnorm(model, batches)
+        return
     assert unfold_batchnorm(model, batches) == 1
     assert relative(model(batches[0]), expected) < 1e-5
     norm, inputs = model[1], torch.cat([model[0](x) for x in batches])

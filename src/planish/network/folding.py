@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from planish.errors import PlanishError
 from planish.network.batches import call_model
 from planish.network.modes import evaluating
 from planish.network.products import SIGNATURES, Signature
@@ -127,8 +128,17 @@ def unfold_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
     They are those of its input over ``batches``, and its affine map becomes the one that undoes them. So outputs stay
     what they are, also those of a quantized network, which can be trained with batch statistics again: the identity
     that folding leaves would normalize its input there, and nothing would scale it back.
+
+    Raises:
+        PlanishError: a folded norm lacks a scale or a shift; the network stays as it is.
     """
-    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and _is_folded(m)]
+    found = {name: m for name, m in model.named_modules() if isinstance(m, _BatchNorm) and _is_folded(m)}
+    if bare := next((name for name, norm in found.items() if norm.weight is None or norm.bias is None), None):
+        raise PlanishError(
+            f"{bare}: this BatchNorm without scale and shift was folded into the layer before it, so it cannot be "
+            "trained with the statistics of its batches: start from the network in float, or freeze_batchnorm=True"
+        )
+    norms = list(found.values())
     seen = [_Moments(norm) for norm in norms]
     try:
         with evaluating(model):
@@ -151,9 +161,6 @@ def _is_folded(norm: _BatchNorm) -> bool:
 def _unfold(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    for name, start in (("weight", torch.ones_like), ("bias", torch.zeros_like)):
-        if getattr(norm, name) is None:  # it was without an affine map, which is in the layer before it now
-            norm.register_parameter(name, nn.Parameter(start(norm.running_mean)))
     norm.bias.copy_(norm.bias + norm.weight * mean)
     norm.weight.copy_(norm.weight * (variance + norm.eps).sqrt())
     norm.running_mean.copy_(mean)
@@ -161,18 +168,19 @@ def _unfold(norm: _BatchNorm, mean: Tensor, variance: Tensor) -> None:
 
 
 class _Moments:
-    """Mean and mean square of what enters a norm, for each channel, in float64."""
+    """Mean and mean square of what enters a norm, for each channel."""
 
     def __init__(self, norm: nn.Module) -> None:
         self.count, self.mean, self.square = 0, torch.zeros(()), torch.zeros(())
         self.handle = norm.register_forward_pre_hook(self)
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        x = inputs[0].transpose(0, 1).flatten(1).double()
+        x = inputs[0].transpose(0, 1).flatten(1).float()
         self.count += x.shape[1]
         share = x.shape[1] / self.count
-        self.mean = self.mean + share * (x.mean(1) - self.mean)
-        self.square = self.square + share * (x.square().mean(1) - self.square)
+        variance, mean = torch.var_mean(x, 1, correction=0)
+        self.mean = self.mean + share * (mean - self.mean)
+        self.square = self.square + share * (variance + mean.square() - self.square)
 
 
 class _Saved:
