@@ -64,7 +64,8 @@ def ptq(name: str, root: Path) -> str:
             harder = _harder("calibrated on images that it was trained on")
         rounded = _of(rows, network=network, arm="rtn")
         parts.append(_beside(network, {name: mine, "rtn": rounded}, "seconds"))
-    shown = [row for network in NETWORKS for row in measured[network]] or sum(measured.values(), [])
+    shown = [row for network in NETWORKS for row in measured[network]]
+    shown = shown or [row for mine in measured.values() for row in mine]
     learning = [row for row in shown if row["iterations"]]
     learned = f"{_all(learning, 'iterations')} iterations a unit where roundings are learned, " if learning else ""
     parts.append(
@@ -107,7 +108,7 @@ def qat(name: str, root: Path) -> str:
 def _harder(used: str) -> str:
     """What is different on the networks of ``benchmarks/small_images.py``; ``used``: of their training images."""
     return (
-        " CIFAR-10 and Tiny-ImageNet-100, ResNet-20 with a stem of stride 2 and a transformer with a convolutional stem: "
+        " CIFAR-10 and Tiny-ImageNet-100, ResNet-20 with a stem of stride 2, transformer with a convolutional stem: "
         f"{used}, all test images, the settings that were chosen on Fashion-MNIST."
     )
 
