@@ -49,7 +49,7 @@ class Arm:
 
     name: str
     method: Method | None = None
-    start: str = "given"  # or "flat": half of the epochs go into flattening; or a method of `planish quantize`
+    start: str = "given"  # or "tuned", "flat": half of the epochs go into flattening, or a method of `planish quantize`
     labels: int = 0  # labelled images; 0: all. The rest is given as unlabelled images where the method takes them
     averaging: float | None = QATSettings.averaging
     schemes: tuple[str, ...] = ("w4a4", "w2a4", "w2a2")

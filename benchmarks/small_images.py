@@ -6,6 +6,11 @@
 The files are ``cifar10-train.npz`` and so on: images as JPEG, one after the other (``jpeg``, ``offsets``), with
 ``labels``. CIFAR-10 was re-encoded with loss (quality 75), so that no figure compares with published ones. Networks are
 trained on all 50,000 training images; what other scripts do with them, they do on 10,000 of these.
+
+To choose settings without the test images, train without some others, and measure on them:
+
+    python benchmarks/small_images.py --shared ../shared/data --out HELD --held-out 5000
+    python benchmarks/qat.py --networks cifar10-resnet20 --small HELD --held-out 5000 --out held.csv
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -101,8 +107,11 @@ NETWORKS = {
 NAMES = [f"{images}-{network}" for images in IMAGES for network in NETWORKS]
 
 
-def load_images(images: str, shared: Path, *, seed: int, most: int | None = KEPT) -> ImageData:
-    """The images of one set; ``most`` training images, the same for every seed and equally many of each class."""
+def load_images(images: str, shared: Path, *, seed: int, most: int | None = KEPT, held_out: int = 0) -> ImageData:
+    """The images of one set; ``most`` training images, the same for every seed and equally many of each class.
+
+    ``held_out``: so many training images take the place of the test images; none of the ``KEPT`` is among them.
+    """
     from PIL import Image
 
     def split(part: str) -> tuple[np.ndarray, list[int]]:
@@ -111,10 +120,22 @@ def load_images(images: str, shared: Path, *, seed: int, most: int | None = KEPT
         decoded = [np.asarray(Image.open(io.BytesIO(joined[a:b])).convert("RGB")) for a, b in itertools.pairwise(ends)]
         return np.stack(decoded).transpose(0, 3, 1, 2).copy(), file["labels"].astype(int).tolist()
 
-    (train, labels), (test, test_labels) = split("train"), split("test")
-    if most is not None:
-        kept = calibration_subset(BatchedTensorDataset(train, labels, LOOK), labels, most, 0).indices
-        train, labels = train[list(kept)], [labels[i] for i in kept]
+    def of(indices: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+        return train[list(indices)], [labels[i] for i in indices]
+
+    train, labels = split("train")
+    everything = BatchedTensorDataset(train, labels, LOOK)
+    used = range(len(labels)) if most is None else calibration_subset(everything, labels, most, 0).indices
+    if held_out:
+        # drawn at random: the files are sorted by class
+        studied = set(calibration_subset(everything, labels, KEPT, 0).indices)
+        others = torch.tensor([i for i in range(len(labels)) if i not in studied])
+        held = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(7))[:held_out]].tolist()
+        used = sorted(set(used) - set(held)) if most is None else used
+        test, test_labels = of(held)
+    else:
+        test, test_labels = split("test")
+    train, labels = of(used)
     return ImageData(
         train=BatchedTensorDataset(train, labels, LOOK, seed=seed), test=BatchedTensorDataset(test, test_labels, LOOK),
         classes=[str(c) for c in range(max(labels) + 1)], name=IMAGES[images], train_labels=labels,
@@ -122,14 +143,18 @@ def load_images(images: str, shared: Path, *, seed: int, most: int | None = KEPT
 
 
 def load_small(
-    name: str, folder: Path, shared: Path, seed: int, most: int | None = KEPT
+    name: str, folder: Path, shared: Path, seed: int, most: int | None = KEPT, held_out: int = 0
 ) -> tuple[LoadedModel, ImageData]:
     """A trained network by its name (``"cifar10-resnet20"``) and ``most`` of its training images (``None``: all)."""
     images, network = name.split("-")
-    data = load_images(images, shared, seed=seed, most=most)
+    data = load_images(images, shared, seed=seed, most=most, held_out=held_out)
     model = NETWORKS[network][0](len(data.classes))
     path = folder / f"{name}.safetensors"
-    fit_weights(model, read_weights(path)[0], name=name, source=path)
+    weights, card = read_weights(path)
+    trained_without = json.loads(card.get("planish", "{}")).get("held_out", 0)
+    if trained_without != held_out:
+        raise SystemExit(f"{path} was trained without {trained_without} images, not without {held_out}: see --held-out")
+    fit_weights(model, weights, name=name, source=path)
     return LoadedModel(model.eval(), name, LOOK, state_hash(model), {"kind": "none"}), data
 
 
@@ -141,7 +166,9 @@ def load_network(
     ``everything``: with all images that the network was trained on, not 10,000 of them.
     """
     if name in NAMES:
-        return load_small(name, args.small, args.shared, seed, None if everything else KEPT)
+        return load_small(name, args.small, args.shared, seed, None if everything else KEPT, args.held_out)
+    if args.held_out:
+        raise SystemExit(f"--held-out is for {', '.join(NAMES)}: nothing was held out from {name}")
     loaded = load_model(name)
     data = load_data(None, loaded.preprocessing, seed=seed)
     if everything:
@@ -155,6 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Where the networks and images of this file are."""
     parser.add_argument("--small", type=Path, default=Path("networks"), help="the networks of small_images.py")
     parser.add_argument("--shared", type=Path, default=Path("../shared/data"), help="the folder with the images")
+    parser.add_argument("--held-out", type=int, default=0, help="measure on so many training images, see small_images")
     parser.add_argument(
         "--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"),
         help="files of Debian's dataset-fashion-mnist, for all images of the embedded networks",
@@ -164,7 +192,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def train(name: str, args: argparse.Namespace) -> None:
     """Train a network and keep it with what was done."""
     images, network = name.split("-")
-    data = load_images(images, args.shared, seed=args.seed, most=None)
+    data = load_images(images, args.shared, seed=args.seed, most=None, held_out=args.held_out)
     torch.manual_seed(args.seed)
     build, settings = NETWORKS[network]
     model = build(len(data.classes))
@@ -182,6 +210,7 @@ def train(name: str, args: argparse.Namespace) -> None:
     top1 = evaluate(model, make_loader(data.test, 500, shuffle=False, seed=0))["top1"]
     card: dict[str, Any] = {
         "top1": top1, "epochs": args.epochs, "seed": args.seed, "images": data.name, "precision": args.precision,
+        "held_out": args.held_out,
         "parameters": sum(p.numel() for p in model.parameters()),
     }  # fmt: skip
     save_weights(model, args.out / f"{name}.safetensors", {"planish": json.dumps(card)})
@@ -195,6 +224,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of the networks")
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--held-out", type=int, default=0, help="train without so many images, and measure on these")
     parser.add_argument("--precision", default="bf16", help="of the training: no or bf16")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
