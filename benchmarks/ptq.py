@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 from csv_rows import continue_rows, scheme_table
-from small_images import NAMES, add_arguments, load_network
+from small_images import NAMES, add_arguments, load_network, parse
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -245,7 +245,7 @@ def main() -> None:
     add_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--summary", action="store_true", help="only print the tables of what is measured")
-    args = parser.parse_args()
+    args = parse(parser)
     torch.set_num_threads(args.threads)
     if not args.summary:
         continue_rows(

@@ -126,20 +126,22 @@ def load_images(images: str, shared: Path, *, seed: int, most: int | None = KEPT
     train, labels = split("train")
     everything = BatchedTensorDataset(train, labels, LOOK)
     used = range(len(labels)) if most is None else calibration_subset(everything, labels, most, 0).indices
-    if held_out:
-        # drawn at random: the files are sorted by class
-        studied = set(calibration_subset(everything, labels, KEPT, 0).indices)
-        others = torch.tensor([i for i in range(len(labels)) if i not in studied])
-        held = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(7))[:held_out]].tolist()
-        used = sorted(set(used) - set(held)) if most is None else used
-        test, test_labels = of(held)
-    else:
-        test, test_labels = split("test")
-    train, labels = of(used)
+    held = _held(everything, labels, held_out) if held_out else []
+    test, test_labels = of(held) if held else split("test")
+    without = set(held)
+    train, labels = of([i for i in used if i not in without])
     return ImageData(
         train=BatchedTensorDataset(train, labels, LOOK, seed=seed), test=BatchedTensorDataset(test, test_labels, LOOK),
         classes=[str(c) for c in range(max(labels) + 1)], name=IMAGES[images], train_labels=labels,
     )  # fmt: skip
+
+
+def _held(everything: BatchedTensorDataset, labels: list[int], count: int) -> list[int]:
+    """So many images that no study uses, drawn at random: the files are sorted by class."""
+    studied = set(calibration_subset(everything, labels, KEPT, 0).indices)
+    others = torch.tensor([i for i in range(len(labels)) if i not in studied])
+    drawn: list[int] = others[torch.randperm(len(others), generator=torch.Generator().manual_seed(7))[:count]].tolist()
+    return drawn
 
 
 def load_small(
@@ -187,6 +189,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fashion", type=Path, default=Path("/usr/share/datasets/fashion-mnist"),
         help="files of Debian's dataset-fashion-mnist, for all images of the embedded networks",
     )  # fmt: skip
+
+
+def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The arguments; what is measured on held-out images does not go into the file of what test images gave."""
+    args = parser.parse_args()
+    if args.held_out and args.out == parser.get_default("out"):
+        parser.error(f"--held-out measures on training images, {args.out} holds test images: give another --out")
+    return args
 
 
 def train(name: str, args: argparse.Namespace) -> None:

@@ -29,7 +29,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from csv_rows import continue_rows, scheme_table
-from small_images import add_arguments, load_network
+from small_images import add_arguments, load_network, parse
 
 from planish.data import calibration_subset, make_loader
 from planish.evaluation import evaluate, predict
@@ -189,7 +189,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     parser.add_argument("--summary", action="store_true")
-    args = parser.parse_args()
+    args = parse(parser)
     if args.summary:
         print(summary(args.out))
         return

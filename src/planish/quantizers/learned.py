@@ -16,7 +16,7 @@ from planish.scheme import Format
 FLOOR = 0.01  # a scale never falls below this share of what it was at the start, so that no layer dies
 
 
-def round_in_place(x: Tensor, grid: Grid) -> Tensor:
+def round_to_grid(x: Tensor, grid: Grid) -> Tensor:
     """``fake_quantize`` where no gradient is asked for, with one new tensor only."""
     wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
     steps = torch.div(wide, grid.scale)
@@ -52,7 +52,7 @@ class _Learned(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         scale = scale.detach() if floor is None else torch.maximum(scale.detach(), floor)
         zero_point = zero_point.detach().round().clamp(*limits[:2])
-        out = round_in_place(x, Grid(scale, zero_point, *limits))
+        out = round_to_grid(x, Grid(scale, zero_point, *limits))
         ctx.save_for_backward(x, out, scale, zero_point)
         ctx.limits, ctx.factor, ctx.pull = limits, factor, pull
         return out

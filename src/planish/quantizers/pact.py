@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.functional import Grid
-from planish.quantizers.learned import pass_between, round_in_place
+from planish.quantizers.learned import pass_between, round_to_grid
 from planish.quantizers.ranges import SMALLEST
 from planish.quantizers.trainable import TrainableQuantizer
 from planish.scheme import Format
@@ -23,7 +23,7 @@ class _ClipAndRound(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, alpha: Tensor, signed: bool, grid: Grid) -> Tensor:
         ctx.save_for_backward(x, alpha)
         ctx.signed = signed
-        return round_in_place(x, grid)
+        return round_to_grid(x, grid)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:  # type: ignore[override]
