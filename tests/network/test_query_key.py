@@ -56,6 +56,15 @@ def test_gradients_of_the_latent_weights_are_the_same():
     assert theirs[1].abs().max() < 1e-10  # softmax cancels the key's bias
 
 
+def test_under_autocast_the_product_is_that_of_float32():
+    """Else some of its entries would be rounded otherwise in training than in evaluation."""
+    rebuilt = QueryKeyAttention(attention()).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        product = rebuilt.query_key_weight()
+    assert product.dtype == torch.float32
+    assert torch.equal(product, rebuilt.query_key_weight())
+
+
 def test_rank_is_at_most_the_width_of_a_head():
     weight = QueryKeyAttention(attention(qkv_bias=True)).query_key_weight().unflatten(0, (3, 13))
     assert torch.linalg.matrix_rank(weight[:, :12]).max() == 4

@@ -99,11 +99,12 @@ def test_query_and_key_are_annealed_through_their_product():
 
 @pytest.mark.parametrize("band", [0.0, BAND])
 def test_the_rows_behind_a_rebuilt_attention_stay_where_nothing_is_undecided(band):
-    moved = []
+    moved, biases = [], []  # the query's bias is one more row of the product
 
     class Look(Ingredient):
         def before_step(self, run, inputs, labels):
-            self.weight = run.model.blocks[0].attn.qkv._parameters["weight"]
+            self.weight, self.bias = run.model.blocks[0].attn.qkv._parameters.values()
+            self.query_bias = self.bias.detach()[:16].clone()
             self.before = self.weight.detach().clone()
             tap = run.model.get_submodule("blocks.0.attn.planish_taps.linear1_weight")
             self.undecided = near_threshold(self.before.chunk(3)[2], tap.grid, band)
@@ -111,6 +112,7 @@ def test_the_rows_behind_a_rebuilt_attention_stay_where_nothing_is_undecided(ban
         def after_step(self, run):
             changed = self.weight.detach() != self.before
             moved.append((run.step / run.steps >= 0.5, changed[:32].float().mean(), changed[32:], self.undecided))
+            biases.append((run.step / run.steps >= 0.5, (self.bias.detach()[:16] != self.query_bias).float().mean()))
 
     method = OFQ(annealing=0.5, band=band)
     train_quantized(tiny.vit(), tiny.loader(size=16), "w2a4", method, settings=settings(), extra=[Look()])
@@ -118,6 +120,8 @@ def test_the_rows_behind_a_rebuilt_attention_stay_where_nothing_is_undecided(ban
     for _, query_key, value, undecided in (row for row in moved if row[0]):
         assert not (value & ~undecided).any()
         assert query_key == 0 if band == 0 else query_key > 0
+    assert all(share > 0.9 for late, share in biases if not late)
+    assert all(share == 0 if band == 0 else share > 0 for late, share in biases if late)
 
 
 def test_averages_stop_where_annealing_begins():
@@ -139,3 +143,5 @@ def test_errors():
 
     with pytest.raises(PlanishError, match="band >= 0"):
         train_quantized(tiny.conv(), tiny.loader(), "w2a4", Wrong(), settings=settings())
+    with pytest.raises(PlanishError, match=r"annealing takes the last 2 of the run.*annealing in \[0, 1\]"):
+        train_quantized(tiny.conv(), tiny.loader(), "w2a4", OFQ(annealing=2.0), settings=settings())

@@ -55,6 +55,23 @@ def test_ramp():
     assert ramp_up(0.0, 0.0) == 1.0
 
 
+def test_in_training_the_weight_rises_along_the_ramp():
+    """Of a student that stands still, so that nothing else changes its consistency."""
+
+    def losses(ramp):
+        seen, method = [], CR(task=0.0, ramp=ramp)
+        settings = QATSettings(averaging=None, training=tiny.settings(epochs=1, lr=1e-9))
+        train_quantized(
+            tiny.mlp(), tiny.loader(), "w4a4", method, settings=settings, progress=lambda s, n, x: seen.append(x)
+        )
+        return seen
+
+    full = losses(ramp=0.0)
+    assert min(full) > 0
+    rising = [loss * math.exp(-5 * (1 - min(t / 3, 1)) ** 2) for t, loss in enumerate(full)]
+    assert losses(ramp=0.5) == pytest.approx(rising, rel=1e-4)
+
+
 def test_the_average_of_a_student_that_stands_still():
     teacher, student = tiny.conv(seed=1), tiny.conv(seed=2)
     student[1].running_mean.add_(3.0)

@@ -65,6 +65,27 @@ def test_annealing_is_a_cosine():
     assert anneal(0.1, 0.01, 0.5, 0.25) == pytest.approx(0.01 + 0.09 * (1 + math.cos(math.pi / 3)) / 2)
 
 
+@pytest.mark.parametrize("start", [0.0, 0.5])
+def test_in_training_the_weight_rises_along_the_cosine(start):
+    losses, twins = [], []
+
+    class Twin(Ingredient):
+        def loss(self, run, inputs, labels, logits):
+            (weight,) = rounded_weights(run.model).values()
+            part = max(0.0, (run.progress - start) / (1 - start))
+            share = (1 - math.cos(math.pi * part)) / 2
+            twins.append(2.0 * share * dampening(weight.parameter, weight.tap.grid).item())
+
+    method = Dampen(task=0.0, dampen=2.0, dampen_start=start)
+    train_quantized(
+        tiny.conv(), tiny.loader(), "w2a2", method, settings=SETTINGS, epochs=1, extra=[Twin()],
+        progress=lambda step, steps, loss: losses.append(loss),
+    )  # fmt: skip
+    assert losses[0] == 0
+    assert losses[-1] > 0
+    assert losses == pytest.approx(twins, rel=1e-4)
+
+
 def test_dampening_pulls_weights_to_their_levels():
     def far(method):
         trained = train_quantized(tiny.conv(), tiny.loader(), "w2a2", method, settings=SETTINGS)

@@ -88,8 +88,11 @@ class Modes(Ingredient):
 
     def after_step(self, run):
         self.seen = settings_of(run.model)
-        self.scales = [
-            float(tap.grid.scale.min()) for tap in run.model.modules() if isinstance(tap, TrainableQuantizer)
+        taps = [tap for tap in run.model.modules() if isinstance(tap, TrainableQuantizer)]
+        self.scales = [float(tap.grid.scale.min()) for tap in taps]
+        # a grid does not show whether the parameter behind it has left its domain
+        self.learned = [
+            float(p.detach().min()) for t in taps for n, p in t.named_parameters() if n in ("scale", "alpha")
         ]
         self.dtypes = {p.dtype for n, p in run.model.named_parameters() if "planish_taps" in n}
 
@@ -131,6 +134,7 @@ def test_scales_stay_positive_under_an_absurd_learning_rate(name, scheme):
     settings = QATSettings(averaging=None, training=tiny.settings(epochs=1, lr=30.0, clip_norm=0.1))
     train_quantized(tiny.conv(), tiny.loader(), scheme, name, settings=settings, extra=[modes])
     assert min(modes.scales) > 0
+    assert min(modes.learned) > 0
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -3,10 +3,12 @@
 import pytest
 import torch
 
-from planish.functional import Grid
-from planish.qat import QATSettings, train_quantized
+from planish.functional import Grid, fake_quantize
+from planish.qat import Method, QATSettings, train_quantized
 from planish.qat.ewgs import EWGS
+from planish.qat.oscillation import rounded_weights
 from planish.quantizers import learned_quantize
+from planish.training import Ingredient
 from tests.training import tiny
 
 
@@ -48,3 +50,35 @@ def test_method():
     plain = train_quantized(tiny.conv(), tiny.loader(), "w2a2", settings=settings)
     assert tiny.same(plain, train_quantized(tiny.conv(), tiny.loader(), "w2a2", EWGS(pull=0.0), settings=settings))
     assert not tiny.same(plain, train_quantized(tiny.conv(), tiny.loader(), "w2a2", "ewgs", settings=settings))
+
+
+class Look(Ingredient):
+    """At the rounded weight: how far it is from its level, in steps, and its gradient."""
+
+    def around(self, run, compute):
+        loss = compute()
+        (weight,) = rounded_weights(run.model).values()
+        latent, grid = weight.parameter.detach(), weight.tap.grid
+        self.beside = (latent - fake_quantize(latent, grid)) / grid.scale
+        self.gradient = weight.parameter.grad.clone()
+        return loss
+
+
+def one_step(method, scheme):
+    look, settings = Look(), QATSettings(averaging=None, training=tiny.settings(epochs=1))
+    train_quantized(tiny.conv(), tiny.loader(n=4), scheme, method, settings=settings, extra=[look])
+    return look
+
+
+def test_weights_are_pulled():
+    """With activations in float, so that it is they alone."""
+    plain, pulled = one_step(Method(), "w2"), one_step(EWGS(pull=0.5), "w2")
+    expected = plain.gradient * (1 + 0.5 * plain.gradient.sign() * plain.beside)
+    torch.testing.assert_close(pulled.gradient, expected)
+    assert not torch.allclose(pulled.gradient, plain.gradient)
+
+
+def test_activations_are_pulled():
+    """With weights on fixed grids, which nothing pulls."""
+    plain, pulled = one_step(Method(weights="fixed"), "w2a2"), one_step(EWGS(weights="fixed", pull=0.5), "w2a2")
+    assert not torch.allclose(pulled.gradient, plain.gradient)

@@ -289,18 +289,22 @@ def test_only_layers_with_a_weight_are_perturbed_and_distilled():
     assert seen["noisy"] == {f"{name}.input" for name in ("patch_embed.proj", *names, "head")}
 
 
-def step_twin(quantized, teacher, images, labels, p, seed):
-    """The loss of a step, spelled out: gate and noise behind every quantizer of a layer's input, cross-entropy, and the
-    mean over layers of the standardized distances of their outputs."""
+def step_twin(quantized, teacher, images, labels, p, position, reduction, seed):
+    """The loss of a step, spelled out: gate and noise at every quantizer of a layer's input, cross-entropy, and the
+    standardized distances of the layers' outputs."""
     ours, theirs, paths = {}, {}, ["0", "4", "9"]
 
-    def noisy(tap, args, out):
+    def noisy(tap, x):
         if torch.rand(()) < p:
-            return out + (torch.rand(out.shape) - 0.5) * tap.grid.scale
-        return out
+            return x + (torch.rand(x.shape) - 0.5) * tap.grid.scale
+        return x
 
     for path in paths:
-        quantized.get_submodule(path).planish_taps["input"].register_forward_hook(noisy)
+        tap = quantized.get_submodule(path).planish_taps["input"]
+        if position == "after":
+            tap.register_forward_hook(lambda tap, args, out: noisy(tap, out))
+        else:
+            tap.register_forward_pre_hook(lambda tap, args: noisy(tap, args[0]))
         for model, kept in ((quantized, ours), (teacher, theirs)):
             model.get_submodule(path).register_forward_hook(
                 lambda m, a, out, kept=kept, path=path: kept.__setitem__(path, out)
@@ -309,20 +313,27 @@ def step_twin(quantized, teacher, images, labels, p, seed):
     torch.manual_seed(seed)
     logits = quantized.eval()(images)
     chosen = -torch.stack([logits[i].log_softmax(-1)[label] for i, label in enumerate(labels)]).mean()
-    distances = [csd_twin(ours[path], theirs[path]) / ours[path].numel() for path in paths]
-    return chosen + 2.5 * sum(distances) / 3
+    divisors = {
+        "mean": {path: 3 * ours[path].numel() for path in paths},  # of the layers, too
+        "batch-mean": dict.fromkeys(paths, len(images)),
+        "sum": dict.fromkeys(paths, 1),
+    }
+    return chosen + 2.5 * sum(csd_twin(ours[path], theirs[path]) / divisors[reduction][path] for path in paths)
 
 
-@pytest.mark.parametrize("p", [0.0, 0.5, 1.0])
-def test_a_step_minimises_what_the_equations_say(p):
+@pytest.mark.parametrize(
+    ("p", "position", "reduction"),
+    [(0.0, "after", "mean"), (0.5, "after", "mean"), (1.0, "after", "mean"), (1.0, "before", "mean"),
+     (0.0, "after", "batch-mean"), (0.0, "after", "sum")],
+)  # fmt: skip
+def test_a_step_minimises_what_the_equations_say(p, position, reduction):
     run_settings = replace(SETTINGS, training=tiny.settings(epochs=1, freeze_batchnorm=True))
     given, batches, losses = tiny.conv(), tiny.loader(shuffle=False), []
     start = train_quantized(given, batches, "w2a4", Method(), settings=run_settings, epochs=0)
-    train_quantized(
-        given, batches, "w2a4", FPQ(p=p, csd=2.5), settings=run_settings, progress=lambda s, n, x: losses.append(x)
-    )
+    method = FPQ(p=p, position=position, csd=2.5, reduction=reduction)
+    train_quantized(given, batches, "w2a4", method, settings=run_settings, progress=lambda s, n, x: losses.append(x))
     images, labels = next(iter(batches))
-    twin = step_twin(start, copy.deepcopy(given), images, labels, p, step_seed(0, 0, 0))
+    twin = step_twin(start, copy.deepcopy(given), images, labels, p, position, reduction, step_seed(0, 0, 0))
     assert losses[0] == pytest.approx(twin.item(), rel=1e-5)
 
 
@@ -348,6 +359,8 @@ def test_errors():
         FeaturePerturbation({}, 0.5, "beside")
     with pytest.raises(PlanishError, match="mean, batch-mean, sum"):
         ChannelStandardizedDistillation(tiny.conv(), {"0": 1}, reduction="median")
+    with pytest.raises(PlanishError, match="mean, batch-mean, sum"):
+        standardized_distance(torch.ones(2, 3), torch.ones(2, 3), "median")
     with pytest.raises(PlanishError, match="positive, or 0"):
         ChannelStandardizedDistillation(tiny.conv(), {"0": 1}, weight=-1.0)
     with pytest.raises(PlanishError, match="nothing to distil"):

@@ -103,6 +103,28 @@ def test_mimicry_keeps_the_features():
     assert distance(GPLQ(mimic=10.0)) < 0.5 * distance(GPLQ(mimic=0.0))
 
 
+def test_a_run_minimises_what_its_options_say():
+    teacher, batches, losses, twins, entering = tiny.conv().eval(), tiny.loader(), [], [], []
+    features = teacher[:9]  # all but the last layer
+    known = features(torch.cat([x for x, _ in batches])).detach()
+    mean, components = principal_components(known, 0.95)
+    assert components.shape[1] > principal_components(known, 0.6)[1].shape[1]  # those of the default
+
+    class Twin(Ingredient):
+        def start(self, run):
+            run.model[9].register_forward_pre_hook(lambda module, args: entering.append(args[0].detach()))
+
+        def loss(self, run, inputs, labels, logits):
+            twins.append(3.0 * mimicry_twin(entering[-1], features(inputs), mean, components).item())
+
+    train_quantized(
+        teacher, batches, "w4a4", GPLQ(task=0.0, mimic=3.0, variance=0.95), settings=SETTINGS, extra=[Twin()],
+        progress=lambda step, steps, loss: losses.append(loss),
+    )  # fmt: skip
+    assert min(twins) > 0
+    assert losses == pytest.approx(twins, rel=1e-4)
+
+
 def test_where_the_features_are():
     for make, size, path in [(tiny.conv, 8, "9"), (tiny.vit, 16, "head"), (tiny.mlp, 8, "3")]:
         plan = assign(watch(make(), draw(1, 1, size, size)), "w4a4")
@@ -138,3 +160,5 @@ def test_interrupted_and_resumed_it_is_the_same(tmp_path):
 def test_errors():
     with pytest.raises(PlanishError, match="share in"):
         FeatureMimicry(nn.Linear(2, 2), "", variance=0.0)
+    with pytest.raises(PlanishError, match=r"mimic=-1\.0: it is positive, or 0"):
+        FeatureMimicry(nn.Linear(2, 2), "", weight=-1.0)

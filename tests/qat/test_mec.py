@@ -40,7 +40,10 @@ def stub(progress=0.0):
 
 
 def value(context, x, gamma=1.0, progress=0.0, **options):
-    term = MaximumEntropyCoding(context, gamma, **options)
+    return loss_of(MaximumEntropyCoding(context, gamma, **options), context, x, progress)
+
+
+def loss_of(term, context, x, progress=0.0):
     run = stub(progress)
     term.start(run)
     term.before_part(run, x, None)
@@ -172,6 +175,22 @@ def test_without_weight_it_is_lsq_bit_for_bit(name):
     assert tiny.same(train_quantized(make(), batches, "w2a2", faint, settings=SETTINGS), plain)
 
 
+@pytest.mark.parametrize(
+    ("option", "setting"),
+    [("gamma", 2.0), ("target", "both"), ("experts", 2), ("eps2", 0.5), ("order", 2), ("views", "single"),
+     ("until", 0.9)],
+)  # fmt: skip
+def test_every_option_of_the_method_reaches_the_term(option, setting):
+    context, x = ready("conv")
+
+    def of_method(**options):
+        return loss_of(MEC(**options).ingredients(context)[-1], context, x, progress=0.25)
+
+    options = {"gamma": 10.0, "experts": 4, "eps2": 64.0, "views": "teacher", option: setting}
+    assert torch.equal(of_method(**{option: setting}), value(context, x, progress=0.25, **options))
+    assert not torch.equal(of_method(**{option: setting}), of_method())
+
+
 def test_the_weight_fades():
     context, x = ready("conv")
     full = value(context, x).item()
@@ -237,3 +256,5 @@ def test_errors():
     ]:
         with pytest.raises(PlanishError, match=message):
             MaximumEntropyCoding(context, 1.0, **options)
+    with pytest.raises(PlanishError, match=r"gamma=-5\.0: it is positive, or 0"):
+        MaximumEntropyCoding(context, -5.0)

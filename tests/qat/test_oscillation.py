@@ -134,6 +134,27 @@ class History(Ingredient):
         return {name: weight.codes.flatten() for name, weight in rounded_weights(run.model).items()}
 
 
+def test_after_a_report_midway_it_counts_anew():
+    """Weights that oscillate in the first half only do not oscillate in the report at the end."""
+
+    class Shake(Ingredient):
+        def before_step(self, run, inputs, labels):
+            if run.progress < 0.5:  # across the threshold between two codes and back
+                weight = rounded_weights(run.model)["4.weight"]
+                self.step = (-1) ** run.step * 1.5 * weight.tap.grid.scale.detach()
+                with torch.no_grad():
+                    weight.parameter.add_(self.step)
+
+    settings = QATSettings(averaging=None, training=tiny.settings(epochs=2, lr=1e-9))
+    for report_at, after in ((0.5, 0.0), (None, 0.5)):
+        tracker = OscillationTracker(report_at=report_at)
+        train_quantized(tiny.conv(), tiny.loader(), "w2a2", settings=settings, extra=[tracker, Shake()])
+        assert tracker.share() >= after
+        assert report_at is None or tracker.share() == 0
+        assert (tracker.earlier is None) == (report_at is None)
+        assert report_at is None or tracker.earlier["oscillating"] > 0.5
+
+
 @pytest.mark.parametrize("method", ["lsq", "dorefa"])
 def test_in_training_it_counts_what_happens_and_changes_nothing(method):
     tracker, history = OscillationTracker(momentum=0.2), History()

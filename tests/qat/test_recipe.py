@@ -11,6 +11,8 @@ from planish.flattening import flatten, plain
 from planish.network import ledger, reestimate_batchnorm, taps_of
 from planish.ptq import Calibrate, Round, quantize
 from planish.qat import METHODS, Method, QATSettings, get_method, train_quantized
+from planish.qat.methods import KD
+from planish.qat.ofq import OFQ
 from planish.training import Ingredient, Interrupted, TrainingFailed
 from planish.training.engine import make_optimizer
 from tests.training import tiny
@@ -44,6 +46,37 @@ def test_training_lowers_the_loss_below_that_of_rounding():
     settings = replace(SETTINGS, training=tiny.settings(epochs=8))
     rounded = quantize(model, [x for x, _ in batches], "w2a2")
     assert loss(train_quantized(model, batches, "w2a2", settings=settings)) < loss(rounded) - 0.05
+
+
+def distillation_twin(logits, labels, given, temperature, smoothing):
+    """Cross-entropy with the labels, some of each spread over all classes, and Hinton's divergence, image by image."""
+    total = 0.0
+    for row, label, target in zip(logits, labels, given, strict=True):
+        hard = torch.full_like(row, smoothing / len(row))
+        hard[label] += 1 - smoothing
+        p, q = (target / temperature).softmax(-1), (row / temperature).softmax(-1)
+        total += -(hard * row.log_softmax(-1)).sum() + temperature**2 * (p * (p / q).log()).sum()
+    return total.item() / len(logits)
+
+
+@pytest.mark.parametrize(
+    ("method", "temperature", "smoothing"),
+    [(KD(), 1.0, 0.0), (KD(temperature=0.2), 0.2, 0.0), (KD(label_smoothing=0.2), 1.0, 0.2), (OFQ(), 1.0, 0.0)],
+    ids=["kd", "temperature", "smoothing", "ofq"],
+)
+def test_methods_that_distil_learn_from_the_labels_and_from_the_float_network(method, temperature, smoothing):
+    given, losses, twins = tiny.conv().eval(), [], []
+
+    class Twin(Ingredient):
+        def loss(self, run, inputs, labels, logits):
+            twins.append(distillation_twin(logits, labels, given(inputs), temperature, smoothing))
+
+    train_quantized(
+        given, tiny.loader(), "w2a2", method, settings=SETTINGS, extra=[Twin()],
+        progress=lambda step, steps, loss: losses.append(loss),
+    )  # fmt: skip
+    assert len(losses) == tiny.STEPS
+    assert losses == pytest.approx(twins, rel=1e-5)
 
 
 def test_from_a_quantized_network_its_grids_are_the_start():

@@ -162,7 +162,7 @@ def _oscillation(training: QuantizedTraining, trained: torch.nn.Module) -> dict[
     if not tracker.frequency:
         return {}
     reports = {"after": oscillation_report(trained, tracker)}
-    return {"before_annealing": tracker.earlier, **reports} if tracker.report_at != 1.0 else reports
+    return {"before_annealing": tracker.earlier, **reports} if tracker.report_at is not None else reports
 
 
 def _protocol(command: Train, method: Method, training: QuantizedTraining) -> dict[str, Any]:

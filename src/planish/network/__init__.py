@@ -2,7 +2,7 @@
 
 from planish.network.compensated import add_compensation
 from planish.network.coverage import Assignment, assign, check_covered
-from planish.network.folding import fold_batchnorm, unfold_batchnorm
+from planish.network.folding import fold_batchnorm, has_folded_batchnorm, unfold_batchnorm
 from planish.network.ledger import Ledger, ledger
 from planish.network.mlps import find_mlps, put_relu
 from planish.network.norms import reestimate_batchnorm
@@ -26,6 +26,7 @@ __all__ = [
     "find_mlps",
     "find_stream",
     "fold_batchnorm",
+    "has_folded_batchnorm",
     "ledger",
     "put_relu",
     "reestimate_batchnorm",

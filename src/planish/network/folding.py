@@ -153,6 +153,11 @@ def unfold_batchnorm(model: nn.Module, batches: Iterable[Any]) -> int:
     return sum(moments.count > 0 for moments in seen)
 
 
+def has_folded_batchnorm(model: nn.Module) -> bool:
+    """Whether a BatchNorm of ``model`` was folded into the layer before it."""
+    return any(isinstance(m, _BatchNorm) and _is_folded(m) for m in model.modules())
+
+
 def _is_folded(norm: _BatchNorm) -> bool:
     mean, variance = norm.running_mean, norm.running_var
     return mean is not None and variance is not None and not mean.any() and bool((variance == 1.0 - norm.eps).all())

@@ -12,7 +12,7 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.network.coverage import Assignment, assign
-from planish.network.rebuilding import rebuilt
+from planish.network.rebuilding import TURNED, rebuilt
 from planish.network.sites import watch
 from planish.network.taps import taps_of
 from planish.scheme import Scheme
@@ -115,7 +115,8 @@ def ledger(
     known: Assignment | None = getattr(model, "planish_assignment", None)
     if known is not None and scheme is None:
         own = build_ledger(known, {name: type(tap).__name__ for name, tap in taps_of(model)})
-        return replace(own, rebuilt=tuple(dict.fromkeys(note["name"] for note in rebuilt(model))))
+        names = (note["name"] for note in rebuilt(model) if note["name"] != TURNED)
+        return replace(own, rebuilt=tuple(dict.fromkeys(names)))
     watched = watch(model, example_for(model) if example is None else example)
     plan = assign(watched, scheme or "w8a8", allow=allow)
     if scheme is None:

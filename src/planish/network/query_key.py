@@ -42,7 +42,8 @@ class QueryKeyAttention(nn.Module):
     def query_key_weight(self) -> Tensor:
         """``(heads * (C + 1), C)``: for each head the C rows of ``Wq^T Wk``, and ``Wk^T bq`` as one more row."""
         heads, width = self.num_heads, self.head_dim
-        with preparing_weights():
+        # in float32 as when the network is evaluated: in fewer bits some of the entries would be rounded otherwise
+        with preparing_weights(), torch.autocast(self.qkv.weight.device.type, enabled=False):
             query, key, _ = self.qkv.weight.unflatten(0, (3, heads, width)).unbind(0)  # (heads, width, C)
             if self.qkv.bias is not None:
                 bias = self.qkv.bias.unflatten(0, (3, heads, width))[0]

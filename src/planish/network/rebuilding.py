@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
@@ -14,6 +14,7 @@ from planish.errors import PlanishError
 P = ParamSpec("P")
 T = TypeVar("T")
 
+TURNED = "turned-channels"  # a note of what is no change of structure
 NOTES = "planish_rebuilt"  # attribute of a rebuilt network: what was done to it, in order
 _REBUILDERS: dict[str, Callable[..., Any]] = {}
 
@@ -45,6 +46,17 @@ def rebuilder(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 def rebuilt(model: nn.Module) -> list[dict[str, Any]]:
     """What was done to the structure of ``model``, in order: names and arguments."""
     return [dict(note) for note in getattr(model, NOTES, ())]
+
+
+@rebuilder(TURNED)
+def turned_channels(model: nn.Module, parts: Sequence[str]) -> list[str]:
+    """Changes nothing; notes that channels of ``parts`` were mixed by rotations, so that none is any longer its own."""
+    return list(parts)
+
+
+def has_turned_channels(model: nn.Module) -> bool:
+    """Whether the outputs of a layer of ``model`` are no longer those of the network in float, channel by channel."""
+    return any(note["name"] in (TURNED, "rms-norm") for note in rebuilt(model))
 
 
 def rebuild(model: nn.Module, notes: Iterable[Mapping[str, Any]]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network.hadamard import random_rotation
+from planish.network.rebuilding import turned_channels
 from planish.network.residual import find_stream, rotate_stream
 from planish.ptq.exactness import check_exact, few_images, require_float
 from planish.ptq.passes import Calibration
@@ -54,15 +55,16 @@ class Rotate:
     @torch.no_grad()
     def __call__(self, calibration: Calibration) -> None:
         require_float(calibration, self.name)
-        model, images, changed = calibration.model, few_images(calibration.batches[0]), False
+        model, images, changed = calibration.model, few_images(calibration.batches[0]), []
         for part in self._parts(model):
             try:
                 check_exact(model, partial(part, seed=self.seed), images, _what(part))
                 part(model, images, seed=self.seed)
-                changed = True
+                changed.append(_what(part).removeprefix("turning the ").removeprefix("turning "))
             except PlanishError as error:
                 calibration.note(self.name, str(error))
         if changed:
+            turned_channels(model, changed)
             calibration.plan_anew()
 
     def _parts(self, model: nn.Module) -> list[_Part]:

@@ -28,25 +28,32 @@ class ConfidenceGuidedAnnealing(Ingredient):
     put back after the optimizer's step, which momentum and weight decay would otherwise move them in.
 
     In a rebuilt attention the value's rows of ``qkv.weight`` are treated likewise. The product of query and key passes
-    no gradient where it is confident. Its entries share the rows behind them, which therefore cannot be frozen with
-    the entries one by one; they are put back wherever no undecided entry gave them a gradient.
+    no gradient where it is confident. Its entries share the rows behind them and, in one row a head, the query's bias,
+    which therefore cannot be frozen with the entries one by one; they are put back wherever no undecided entry gave
+    them a gradient. So a confident entry may still move with an undecided one of its row or column.
 
     Weights of the first and last layer, where they have a width of their own, are left alone.
     """
 
     def __init__(self, context: Context, band: float = 0.005, start: float = 0.9) -> None:
         if band < 0 or not 0 <= start <= 1:
-            raise PlanishError(f"annealing has a band of {band} from {start} of the run on: band >= 0, start in [0, 1]")
+            raise PlanishError(
+                f"annealing takes the last {1 - start:g} of the run, with a band of {band} steps: give "
+                "annealing in [0, 1] and band >= 0"
+            )
         bits = context.plan.scheme.weights.bits
         self.weights = [w for w in context.weights().values() if w[2].format.bits == bits]
         held = {id(tap) for _, _, tap in self.weights}
         taps = [tap for tap in context.taps.values() if isinstance(tap, StatsQuantizer)]
         self.made = [tap for tap in taps if id(tap) not in held]
-        self.rebuilt = [
-            (cast(nn.Parameter, module.qkv._parameters["weight"]), context.taps.get(f"{path}.linear1_weight"))
-            for path, module in context.model.named_modules()
-            if isinstance(module, QueryKeyAttention)
-        ]
+        attentions = [(n, m) for n, m in context.model.named_modules() if isinstance(m, QueryKeyAttention)]
+        # the latent parameters of query and key, with the quantizer of the value's rows; the bias has none
+        self.rebuilt: list[tuple[nn.Parameter, Any]] = []
+        for path, module in attentions:
+            weight, bias = (module.qkv._parameters[name] for name in ("weight", "bias"))
+            self.rebuilt.append((cast(nn.Parameter, weight), context.taps.get(f"{path}.linear1_weight")))
+            if bias is not None:
+                self.rebuilt.append((bias, None))
         self.band, self.begin = band, start
         self.frozen: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, where it is frozen, what it was
 

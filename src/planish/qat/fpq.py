@@ -116,6 +116,11 @@ def distance_to(student: Tensor, target: Tensor, reduction: str = "mean", channe
     return total if reduction == "sum" else total / len(student)
 
 
+def _check_reduction(reduction: str) -> None:
+    if reduction not in REDUCTIONS:
+        raise PlanishError(f"the reduction of the distillation is {reduction!r}: choose {', '.join(REDUCTIONS)}")
+
+
 def standardized_distance(student: Tensor, teacher: Tensor, reduction: str = "mean", channel_axis: int = 1) -> Tensor:
     """``|| standardize(teacher) - standardize(student) ||^2``, summed (CSD, section 3.3), or its mean.
 
@@ -124,8 +129,13 @@ def standardized_distance(student: Tensor, teacher: Tensor, reduction: str = "me
 
     Args:
         student, teacher: outputs of one layer, of any shape with the batch first; computed in float32.
+        reduction: ``"mean"``, ``"batch-mean"`` or ``"sum"``.
         channel_axis: 1 for a convolution, -1 for a linear layer.
+
+    Raises:
+        PlanishError: another reduction.
     """
+    _check_reduction(reduction)
     return distance_to(student, standardize(teacher.detach().float(), channel_axis), reduction, channel_axis)
 
 
@@ -142,8 +152,7 @@ class ChannelStandardizedDistillation(Ingredient):
     def __init__(
         self, teacher: nn.Module, layers: Mapping[str, int], weight: float = 10.0, reduction: str = "mean"
     ) -> None:
-        if reduction not in REDUCTIONS:
-            raise PlanishError(f"the reduction of the distillation is {reduction!r}: choose {', '.join(REDUCTIONS)}")
+        _check_reduction(reduction)
         if weight < 0:
             raise PlanishError(f"the weight of the distillation is {weight}: it is positive, or 0 for none")
         if not layers:
@@ -219,7 +228,9 @@ class FPQ(Method):
         parts = super().ingredients(context)
         if self.csd:
             axes = layer_axes(context.model, layers)
-            parts.append(ChannelStandardizedDistillation(context.teacher(), axes, self.csd, self.reduction))
+            parts.append(
+                ChannelStandardizedDistillation(context.channel_teacher("fpq"), axes, self.csd, self.reduction)
+            )
         if self.p:
             parts.append(FeaturePerturbation({n: context.taps[n] for n in inputs}, self.p, self.position))
         return parts

@@ -63,6 +63,8 @@ class FeatureMimicry(Ingredient):
     def __init__(
         self, teacher: nn.Module, path: str, weight: float = 1.0, variance: float = 0.6, images: int = 2048
     ) -> None:
+        if weight < 0:
+            raise PlanishError(f"the weight of the feature mimicry is mimic={weight}: it is positive, or 0 for none")
         if not 0 < variance <= 1:
             raise PlanishError(f"the components are to explain {variance} of the variance: give a share in (0, 1]")
         self.teacher, self.path = teacher.eval().requires_grad_(False), path
@@ -134,5 +136,5 @@ class GPLQ(Method):
         parts = super().ingredients(context)
         if self.mimic:
             path = penultimate(context.layers())
-            parts.append(FeatureMimicry(context.teacher(), path, self.mimic, self.variance))
+            parts.append(FeatureMimicry(context.channel_teacher("gplq"), path, self.mimic, self.variance))
         return parts

@@ -47,6 +47,8 @@ class MaximumEntropyCoding(Ingredient):
         for what, kind, kinds in (("target", target, TARGETS), ("views", views, VIEWS)):
             if kind not in kinds:
                 raise PlanishError(f"the {what} of mec is {kind!r}: choose one of {', '.join(kinds)}")
+        if gamma < 0:
+            raise PlanishError(f"the weight of mec is gamma={gamma}: it is positive, or 0 for none")
         if experts < 1:
             raise PlanishError(f"mec has {experts} experts: give at least one")
         if until is not None and not 0 < until <= 1:
@@ -73,7 +75,7 @@ class MaximumEntropyCoding(Ingredient):
         self.feature_axis = 1 if len(layer.weight.shape) > 2 else -1
         if views == "teacher":
             name, self.teacher_tap = site.name, nn.Identity()
-            self.teacher = context.teacher().eval().requires_grad_(False)
+            self.teacher = context.channel_teacher("mec").eval().requires_grad_(False)
             attach(self.teacher, context.plan.products, lambda s: self.teacher_tap if s.name == name else None)
 
     def _keep(self, name: str) -> Callable[..., None]:

@@ -11,6 +11,7 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.network import Assignment, Product, Site
+from planish.network.rebuilding import has_turned_channels
 from planish.quantizers import TrainableQuantizer
 from planish.scheme import Scheme
 from planish.task import FEATURES, task_of
@@ -31,6 +32,20 @@ class Context:
     def teacher(self) -> nn.Module:
         """A copy of the given network, for one ingredient to hold."""
         return copy.deepcopy(self.given)
+
+    def channel_teacher(self, what: str) -> nn.Module:
+        """The same, for an ingredient that compares the outputs of layers channel by channel.
+
+        Raises:
+            PlanishError: the network in training was rotated and the given one was not; ``what`` compares.
+        """
+        if has_turned_channels(self.model) and not has_turned_channels(self.given):
+            raise PlanishError(
+                f"{what} compares layers with those of the network in float channel by channel, and the start was "
+                "rotated (rotate does so, and on transformers fast and best-vit), which mixes channels: start from "
+                "the network in float or from a method without rotation, or train by kd"
+            )
+        return self.teacher()
 
     def weights(self) -> dict[str, tuple[Site, nn.Parameter, TrainableQuantizer]]:
         """The parameters that are quantized, with their sites and quantizers."""
@@ -91,8 +106,9 @@ class Method:
         """The share of the run after which weights are no longer averaged; 0: they are not averaged at all."""
         return 1.0
 
-    def restructure(self, model: nn.Module) -> None:
-        """Rebuild parts of the network, in place, before it is watched and quantized."""
+    def restructure(self, model: nn.Module) -> list[str]:
+        """Rebuild parts of the network, in place, before it is watched and quantized; returns their paths."""
+        return []
 
     def ingredients(self, context: Context) -> list[Ingredient]:
         """What is minimised, and what else happens in a step.

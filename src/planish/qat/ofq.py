@@ -66,9 +66,8 @@ class OFQ(Method):
             return replace(scheme, activations=replace(scheme.activations, granularity="token"))
         return scheme
 
-    def restructure(self, model: nn.Module) -> None:
-        if self.query_key:
-            reparameterize_query_key(model)
+    def restructure(self, model: nn.Module) -> list[str]:
+        return reparameterize_query_key(model) if self.query_key else []
 
     def ingredients(self, context: Context) -> list[Ingredient]:
         parts = super().ingredients(context)

@@ -106,7 +106,8 @@ class OscillationTracker(Ingredient):
         momentum: m.
         threshold: a weight with a higher frequency counts as oscillating.
         most_bits: weights with more bits are left out.
-        report_at: share of the run at which a report is made and kept as ``earlier`` (before annealing, say).
+        report_at: share of the run at which a report is made and kept as ``earlier`` (before annealing, say), and
+            counting begins anew, so that the report at the end is of what came after it.
     """
 
     sharded = True
@@ -143,6 +144,8 @@ class OscillationTracker(Ingredient):
         due = self.report_at is not None and (run.step + 1) / run.steps >= self.report_at
         if due and self.earlier is None and self.weights:
             self.earlier = oscillation_report(run.model, self, most_bits=self.most_bits)
+            for counted in (*self.direction.values(), *self.frequency.values()):
+                counted.zero_()
 
     def update(self, name: str, codes: Tensor) -> None:
         """Take in the codes of one layer after a step."""

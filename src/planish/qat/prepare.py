@@ -23,6 +23,7 @@ from planish.quantizers import (
     LearnedQuantizer,
     PACTQuantizer,
     ShiftedLearnedQuantizer,
+    ShiftedQuantizer,
     StatsQuantizer,
     TrainableQuantizer,
     UniformQuantizer,
@@ -103,10 +104,15 @@ def insert_quantizers(
 ) -> dict[str, TrainableQuantizer]:
     """Put the method's quantizers at every site that ``plan`` quantizes, in place, and give them by name of site.
 
-    A network that :func:`planish.quantize` made keeps its grids; any other is calibrated on ``batches`` (inputs only).
+    A network that is quantized keeps its grids, and its shifts of activations if it has any; any other is calibrated on
+    ``batches`` (inputs only).
+
+    Raises:
+        PlanishError: the network has shifts, which the quantizers of the method have not.
     """
     with evaluating(model):
         grids = {name: tap.grid for name, tap in taps_of(model) if isinstance(tap, UniformQuantizer)}
+        shifted = {name: tap for name, tap in taps_of(model) if isinstance(tap, ShiftedQuantizer)}
         if not grids:
             calibration = Calibration(model, list(batches), plan, [])
             Calibrate()(calibration)
@@ -117,12 +123,23 @@ def insert_quantizers(
         starts = {name: _Start(sites[name], tap, grids[name]) for name, tap in made.items()}
         attach(model, plan.products, lambda site: starts.get(site.name))
         call_model(model, batches[0])
+    for name, old in shifted.items():
+        _take_shifts(name, made[name], old, method)
     attach(model, plan.products, lambda site: made.get(site.name))
     device = next(model.parameters()).device
     for tap in made.values():
         tap.to(device)
     model.train(model.training)
     return made
+
+
+def _take_shifts(name: str, made: TrainableQuantizer, tap: ShiftedQuantizer, method: Method) -> None:
+    if not isinstance(made, ShiftedLearnedQuantizer):
+        raise PlanishError(
+            f"{name}: the start has learned shifts around the rounding of activations, which {method.name} has no "
+            "place for: train it by ofq, or start from the network in float"
+        )
+    made.before.data, made.after.data = tap.before.flatten().clone(), tap.after.flatten().clone()
 
 
 @torch.no_grad()

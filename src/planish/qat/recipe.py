@@ -13,7 +13,16 @@ import torch
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.network import Assignment, assign, detach, reestimate_batchnorm, unfold_batchnorm, watch
+from planish.network import (
+    Assignment,
+    assign,
+    detach,
+    fold_batchnorm,
+    has_folded_batchnorm,
+    reestimate_batchnorm,
+    unfold_batchnorm,
+    watch,
+)
 from planish.network.batches import first_image, split_batch, to_device
 from planish.network.faults import sound
 from planish.qat.method import Context, Method
@@ -102,6 +111,8 @@ def train_quantized(
     batches = _inputs(calibration or loader, None if calibration else settings.calibration_batches, accelerator.device)
     plan = _plan(student, method, scheme, batches[0], allow)
     taps = insert_quantizers(student, batches, plan, method)
+    if has_folded_batchnorm(student):
+        fold_batchnorm(teacher, batches[0])  # a negative scale, folded, changes the sign of a channel
     if not training.freeze_batchnorm:
         unfold_batchnorm(student, batches)
     context = Context(student, teacher, plan, taps, training.seed, unlabelled)
@@ -130,13 +141,20 @@ def _inputs(loader: Iterable[Any], most: int | None, device: torch.device) -> li
 
 def _plan(student: nn.Module, method: Method, scheme: Scheme | str, batch: Any, allow: Iterable[str]) -> Assignment:
     """The formats of every site; makes the student ready to be trained."""
-    scheme = method.adapt(Scheme.parse(scheme))
+    asked = Scheme.parse(scheme)
+    scheme = method.adapt(asked)
     known: Assignment | None = getattr(student, "planish_assignment", None)
     if known is not None:
         if replace(known.scheme, heads=scheme.heads) != scheme:  # which no notation says: the model's own
+            way = "quantize it with that scheme, or start" if scheme == asked else "start"
             raise PlanishError(
                 f"the model is quantized already, by {known.scheme.describe()}; {method.name} would train it by "
-                f"{scheme.describe()}: quantize it with that scheme, or start from the network in float"
+                f"{scheme.describe()}: {way} from the network in float"
+            )
+        if apart := method.restructure(_in_float(student)):
+            raise PlanishError(
+                f"{apart[0]}: {method.name} trains one weight in place of query and key, and the start has quantized "
+                "the two: start from the network in float, or set query_key to False"
             )
         student.requires_grad_(True)
         return known

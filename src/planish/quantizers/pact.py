@@ -16,8 +16,8 @@ from planish.scheme import Format
 
 
 class _ClipAndRound(torch.autograd.Function):
-    """Round to a grid that ends at alpha; the gradient is that of clipping to [-alpha, alpha] or [0, alpha], and alpha
-    receives what was clipped off (PACT, equation 3)."""
+    """Round to a grid that ends at alpha, or nearly so (signed); the gradient is that of clipping to [-alpha, alpha] or
+    [0, alpha], and alpha receives what was clipped off (PACT, equation 3)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, alpha: Tensor, signed: bool, grid: Grid) -> Tensor:
@@ -39,8 +39,10 @@ class _ClipAndRound(torch.autograd.Function):
 class PACTQuantizer(TrainableQuantizer):
     """PACT (Choi et al. 2018, arXiv 1805.06085): clip at a learned ``alpha``, then round to a uniform grid.
 
-    For inputs that are never negative the range is [0, alpha], as in the paper; for others it is [-alpha, alpha]. The
-    format has one scale for the tensor. ``alpha`` starts at ``start``, or at the end of the calibrated range if that
+    For inputs that are never negative the range is [0, alpha], as in the paper. It has none for others: here they are
+    clipped at -alpha and alpha as far as gradients go, and rounded to levels ``2 alpha / (2^b - 1)`` apart of which one
+    is zero, so that the lowest lies half a step below -alpha and the highest half a step below alpha. The format has
+    one scale for the tensor. ``alpha`` starts at ``start``, or at the end of the calibrated range if that
     is None (the paper starts at 10 and trains from scratch; a trained network would first have to come down from it).
     """
 

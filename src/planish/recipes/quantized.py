@@ -121,7 +121,8 @@ class QuantizedTraining:
     log: Callable[[dict[str, Any]], None] = lambda event: None
 
     def __post_init__(self) -> None:
-        self.tracker = OscillationTracker(report_at=self.method.averaging_until)
+        until = self.method.averaging_until  # where averaging stops early, annealing begins
+        self.tracker = OscillationTracker(report_at=until if 0 < until < 1 else None)
 
     @property
     def settings(self) -> QATSettings:
