@@ -228,6 +228,8 @@ def test_a_loss_that_is_not_finite(tiny, planish):
     weights = planish("evaluate", *tiny, ".run.partial/tuned-last-good.safetensors")
     assert weights.status == 0
     refused(planish("flatten", *tiny, "--lr", "1e30"), "the last good weights are in flat-last-good.safetensors")
+    refused(planish("flatten", *tiny, "--lr", "1e30", "--epochs", "200", "--out", "x.safetensors"), "nan")
+    assert not Path("x.safetensors.checkpoint").exists()  # refused by the first steps, which tell how long it takes
 
 
 @pytest.fixture

@@ -70,6 +70,9 @@ def test_starts(tiny, planish):
         protocol = json.loads(Path(f"{i}.json").read_text())["protocol"]
         assert protocol["flat_epochs"] == (1 if start[0] == "flat" else 0)
         assert ("start_checkpoint" in protocol) == (start[0] == "q.safetensors")
+        middle = "w4a4 flat by rtn" if start[0] == "flat" else "w4a4 at the start"
+        assert [row["name"] for row in protocol["rows"]] == ["float", "w4a4 by rtn", middle, "w4a4 trained"]
+        assert f"{middle}: top-1" in ended.out
     again = planish("train", *tiny, *QUICK, "--start", "2.safetensors", "--out", "again.safetensors")
     assert again.status == 0, again.err  # what planish train wrote is a start, too
     ended = planish("train", *tiny, *QUICK, "--weights", "flat.safetensors", "--out", "w.safetensors")
@@ -88,6 +91,8 @@ def test_images_without_labels(tiny, planish, shared):
     assert ended.status == 0, ended.err
     plain = planish("train", *tiny, *QUICK, "--method", "cr", "--option", "ramp=0", "--out", "other.safetensors")
     assert plain.status == 0, plain.err
+    protocols = [json.loads(Path(name).read_text())["protocol"] for name in ("trained.json", "other.json")]
+    assert ["unlabelled_hash" in protocol for protocol in protocols] == [True, False]
     a, b = (load(Path(name), trust=True) for name in ("trained.safetensors", "other.safetensors"))
     assert not torch.equal(a.head._parameters["weight"], b.head._parameters["weight"])
 
@@ -141,7 +146,8 @@ def test_a_protocol_that_is_there_is_not_replaced_unasked(tiny, planish):
 
 def test_a_command_that_was_refused_does_not_stand_in_the_way_of_the_next(tiny, planish, tmp_path):
     assert planish("quantize", *tiny, "--scheme", "w4a4", "--out", "q.safetensors").status == 0
-    for arguments in (["--scheme", "w2a2", "--start", "q.safetensors"], ["--option", "task=0"], ["--lr", "1e30"]):
+    long = ["--epochs", "200", "--method", "kd", "--option", "temperature=0"]  # so long that it is estimated first
+    for arguments in (["--scheme", "w2a2", "--start", "q.safetensors"], ["--option", "task=0"], ["--lr", "1e30"], long):
         ended = planish("train", *tiny, *QUICK, *arguments)
         assert ended.status == 2
         assert not (tmp_path / "trained.safetensors.checkpoint").exists()
@@ -202,9 +208,9 @@ def test_methods_shows_the_options_of_one(planish):
 
 def test_it_does_not_go_on_from_another_start(zygote, options, tmp_path):
     quantize = ["quantize", *options, "--scheme", "w4a4", "--out", "q.safetensors", "--overwrite"]
-    command = ["train", *options, "--epochs", "40", "--start", "q.safetensors"]
+    command = ["train", *options, "--epochs", "200", "--start", "q.safetensors"]
     assert zygote.run(tmp_path, [*quantize, "--calibration-images", "16"]).status == 0
-    ended = zygote.run(tmp_path, command, kill=signal.SIGINT, after=2, delay=0.2)
+    ended = zygote.run(tmp_path, command, kill=signal.SIGINT, after=4, delay=0.5)
     assert ended.status == 130, ended.err
     assert zygote.run(tmp_path, [*quantize, "--calibration-images", "8"]).status == 0
     ended = zygote.run(tmp_path, command)

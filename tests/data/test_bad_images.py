@@ -86,6 +86,15 @@ def in_unlabelled_folder(place):
     return {path.name for path in images.samples}, note
 
 
+def test_unlabelled_images_have_a_hash(tmp_path):
+    """So that a training that goes on can tell whether they are still the same."""
+    hashes = [load_unlabelled(write_files(tmp_path / name, GOOD), P)[0].content for name in "ab"]
+    assert hashes[0] == hashes[1] != ""
+    first = next(path for path in sorted((tmp_path / "b").rglob("*")) if path.is_file())
+    first.write_bytes(first.read_bytes() + b"\0")  # still an image
+    assert load_unlabelled(tmp_path / "b", P)[0].content != hashes[0]
+
+
 PLACES = (in_folder, in_table, in_shards, in_data_set, in_unlabelled_folder)
 
 

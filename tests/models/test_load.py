@@ -87,6 +87,8 @@ def test_a_failed_download_says_what_to_do(monkeypatch):
 
 
 def test_unknown_names_get_three_suggestions():
+    with pytest.raises(PlanishError, match=r"kd\.safetensors is a file, no model: .* goes into --weights"):
+        load_model("kd.safetensors")
     with pytest.raises(PlanishError, match=r"'resnet_50'.*closest") as caught:
         load_model("resnet_50")
     names = str(caught.value).split(" are ")[1].split(", ")

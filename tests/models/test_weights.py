@@ -11,6 +11,7 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.models import fit_weights, read_weights, save_weights, state_hash
+from planish.ptq import quantize
 
 
 def model(seed=0, width=4):
@@ -79,6 +80,12 @@ def test_the_first_three_differences_are_named():
     assert "x.pth does not fit tiny: 8 keys differ" in str(caught.value)
     for words in ("0.bias is missing", "head.extra is unexpected", "0.weight has shape (5, 3) instead of (4, 3)"):
         assert words in str(caught.value)
+
+
+def test_a_quantized_model_is_no_file_of_weights():
+    quantized = quantize(model(), [torch.randn(4, 3)], "w8a8", "rtn")
+    with pytest.raises(PlanishError, match=r"x\.pth holds a quantized model, and weights in float are due here"):
+        fit_weights(model(), quantized.state_dict(), name="tiny", source="x.pth")
 
 
 def test_nan_is_refused():

@@ -156,6 +156,9 @@ def test_refusals():
         quantize(model, [], "w4a4")
     with pytest.raises(PlanishError, match=f"'banana' is not known: choose one of {', '.join(METHODS)}"):
         quantize(model, [example], "w4a4", "banana")
+    for wrong in (Round, "rtn", lambda calibration: None):
+        with pytest.raises(PlanishError, match=r"a list of passes holds .*give objects such as Round\(\)"):
+            quantize(model, [example], "w4a4", [Calibrate(), wrong])
     with pytest.raises(PlanishError, match="scheme 'w44' is not understood"):
         quantize(model, [example], "w44")
     with pytest.raises(PlanishError, match=r"does not run on an example of shape \(1, 3, 5, 5\)"):

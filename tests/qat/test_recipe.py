@@ -179,6 +179,10 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_weights():
 def test_errors():
     with pytest.raises(PlanishError, match="training method 'magic' is not known: choose one of lsq"):
         train_quantized(tiny.conv(), tiny.loader(), method="magic")
+    with pytest.raises(PlanishError, match=r"the training method is <class .*KD'>: give the name of one, or an object"):
+        train_quantized(tiny.conv(), tiny.loader(), method=KD)
+    with pytest.raises(PlanishError, match="kd takes no images without labels: leave unlabelled out, or train by cr"):
+        train_quantized(tiny.conv(), tiny.loader(), method="kd", unlabelled=tiny.loader())
     with pytest.raises(PlanishError, match="no batch"):
         train_quantized(tiny.conv(), [], settings=SETTINGS)
     with pytest.raises(PlanishError, match="w9a0"):

@@ -69,6 +69,13 @@ def test_a_rotated_start_has_no_channels_to_compare(rotate, method):
     assert len(losses(start, start, method, size=16)) == 2  # rotated alike
 
 
+def test_maps_beside_the_blocks_are_no_hindrance():
+    """Block compensation adds layers that the network in float has not."""
+    given = tiny.vit()
+    start = quantize(given, images(16), "w4a4", "qwt")
+    assert len(losses(start, given, MEC(), scheme="w4a4", size=16)) == 2
+
+
 def test_a_file_says_that_channels_were_turned():
     start = quantize(tiny.vit(), images(16), "w8a8", [Rotate(stream=False), Calibrate(), Round()])
     assert has_turned_channels(start)

@@ -47,7 +47,8 @@ def execute(command: Flatten) -> None:
         going_on = on_main(kept.state.exists)
         if not going_on and worth_it(material, command.train.epochs):
             steps = ARMS["flat"].cost * command.train.epochs * len(material.train)
-            step = plain_step(material, settings.training)
+            with kept.interruptible():  # what the first steps refuse leaves nothing behind
+                step = plain_step(material, settings.training)
             tell(console, material, command.train.epochs, step, steps, count_processes())
         with (
             saying_what_is_kept(kept.describe, command.models.batch_size), kept.interruptible(),

@@ -57,7 +57,8 @@ def execute(command: Train) -> None:
             command.record.checkpoint_minutes,
         )  # fmt: skip
         if not going_on:
-            training.estimate(console)
+            with kept.interruptible():  # what the first steps refuse leaves nothing behind
+                training.estimate(console)
         began = time.perf_counter()
         with (
             saying_what_is_kept(kept.describe, command.models.batch_size), kept.interruptible(),
@@ -148,7 +149,7 @@ def _unlabelled(command: Train, loaded: LoadedModel, console: Console) -> tuple[
         images, min(options.batch_size, len(images)), shuffle=True, seed=options.seed, workers=options.workers,
         drop_last=True, augment=True,
     )  # fmt: skip
-    return loader, {"unlabelled_images": len(images)}
+    return loader, {"unlabelled_images": len(images), "unlabelled_hash": images.content}
 
 
 def _stages(training: QuantizedTraining) -> list[tuple[str, float]]:

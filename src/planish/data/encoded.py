@@ -39,6 +39,8 @@ class EncodedImages(Dataset[tuple[Tensor, int]]):
         labels: one for each.
     """
 
+    content = ""  # a hash of all images, where whoever made the data set computed one
+
     def __init__(
         self,
         samples: Sequence[Encoded],

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from planish.data.encoded import EncodedImages
-from planish.data.listing import Listing, drop_unreadable
+from planish.data.listing import Listing, drop_unreadable, hash_of
 from planish.errors import PlanishError
 from planish.images import list_images
 from planish.models.preprocessing import Preprocessing
@@ -21,6 +21,7 @@ def load_unlabelled(
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[EncodedImages, list[str]]:
     """The images below ``root``, in folders inside it too, each with the label -1; and notes on what was skipped.
+    Their ``content`` is a hash of them all.
 
     Raises:
         PlanishError: the folder is missing or holds no image, or too many of its images cannot be read.
@@ -32,6 +33,8 @@ def load_unlabelled(
     if not found:
         raise PlanishError(f"{root} holds no image file ({other} other files): give a folder with image files")
     listing = Listing(root, {"": found}, other)
-    notes, _, _ = drop_unreadable([listing], preprocessing, root=root, limit_bad=limit_bad, progress=progress)
+    notes, digests, _ = drop_unreadable([listing], preprocessing, root=root, limit_bad=limit_bad, progress=progress)
     paths = listing.files[""]
-    return EncodedImages(paths, [-1] * len(paths), preprocessing, seed=seed), notes
+    images = EncodedImages(paths, [-1] * len(paths), preprocessing, seed=seed)
+    images.content = hash_of([listing], digests)
+    return images, notes

@@ -144,6 +144,8 @@ def _from_timm(
     import timm
 
     if not name.startswith(_HUBS) and not timm.is_model(name.split(".")[0]):
+        if Path(name).suffix in (".safetensors", ".pt", ".pth", ".onnx"):
+            raise PlanishError(f"{name} is a file, no model: expected {KINDS}; a file of weights goes into --weights")
         known = [*EMBEDDED_MODELS, *timm.list_models()]
         close = difflib.get_close_matches(name.split(".")[0], known, n=3, cutoff=0.0)
         raise PlanishError(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.errors import NotWritten, PlanishError, why_not_written
+from planish.network.taps import CHILD
 
 _WRAPPERS = ("state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # DataParallel and torch.compile
@@ -93,6 +94,11 @@ def fit_weights(model: nn.Module, state: Mapping[str, Tensor], *, name: str, sou
         for key in own
         if key in state and state[key].shape != own[key].shape
     ]
+    if any(f"{CHILD}." in key for key in state) and not any(f"{CHILD}." in key for key in own):
+        raise PlanishError(
+            f"{source} holds a quantized model, and weights in float are due here: give the file of the network "
+            "that it was made from"
+        )
     if differing:
         raise PlanishError(
             f"{source} does not fit {name}: {len(differing)} keys differ ({'; '.join(differing[:3])}); "

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from planish.errors import PlanishError
 from planish.network import Assignment, Product, Site, assign, attach, detach, watch
 from planish.network.batches import call_model, first_image, logits_of
 from planish.ptq.journal import Journal
@@ -109,7 +110,16 @@ def run_passes(calibration: Calibration, passes: Sequence[Pass]) -> None:
     """Apply the passes in order; each leaves a line in the log with what it changed and how long it took.
 
     What it changed is measured on as many batches as hold ``MEASURED`` images.
+
+    Raises:
+        PlanishError: one of them is no pass, before any is applied.
     """
+    for step in passes:
+        if isinstance(step, type) or not callable(step) or not isinstance(getattr(step, "name", None), str):
+            raise PlanishError(
+                f"a list of passes holds {step!r}: give objects such as Round(), each with a name, or the name of a "
+                "method in place of the list"
+            )
     ends = itertools.accumulate(len(logits) for logits in calibration.reference)
     count = 1 + sum(end < MEASURED for end in ends)
     before = _compare(calibration, calibration.reference[:count])  # nothing has changed yet

@@ -76,7 +76,9 @@ class MaximumEntropyCoding(Ingredient):
         if views == "teacher":
             name, self.teacher_tap = site.name, nn.Identity()
             self.teacher = context.channel_teacher("mec").eval().requires_grad_(False)
-            attach(self.teacher, context.plan.products, lambda s: self.teacher_tap if s.name == name else None)
+            paths = {path for path, _ in self.teacher.named_modules()}  # block compensation has added some to the other
+            products = [product for product in context.plan.products if product.module in paths]
+            attach(self.teacher, products, lambda s: self.teacher_tap if s.name == name else None)
 
     def _keep(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: Any, *output: Tensor) -> None:

@@ -104,6 +104,10 @@ def train_quantized(
     overrides: dict[str, Any] = {"epochs": epochs, "seed": seed}
     training = replace(settings.training, **{k: v for k, v in overrides.items() if v is not None})
     method = get_method(method) if isinstance(method, str) else method
+    if not isinstance(method, Method):
+        raise PlanishError(f"the training method is {method!r}: give the name of one, or an object such as FPQ(p=0.3)")
+    if unlabelled is not None and not method.takes_unlabelled:
+        raise PlanishError(f"{method.name} takes no images without labels: leave unlabelled out, or train by cr")
     accelerator = make_accelerator(training.mixed_precision)
     student, teacher = copy.deepcopy(model).to(accelerator.device), _in_float(given or model).to(accelerator.device)
     say_task(student, task)

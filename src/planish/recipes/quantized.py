@@ -191,11 +191,19 @@ class QuantizedTraining:
                 progress=lambda step, steps, loss: progress(step / steps),
             )  # fmt: skip
 
+    def _rounded(self, model: nn.Module) -> nn.Module:
+        return quantize(model, self.material.calibration, self.scheme, allow=self.allow)
+
     def measure(self, trained: nn.Module) -> list[dict[str, Any]]:
-        """The given network in float, rounded without training, and trained, on the test images."""
+        """The given network in float, rounded without training, the start if it was another, and the trained network,
+        on the test images."""
         given, test = self.material.loaded.model, self.material.test
-        rounded = quantize(given, self.material.calibration, self.scheme, allow=self.allow)
+        models = {f"{self.scheme} by rtn": self._rounded(given)}
+        if self.start is not None and self.flat_epochs:
+            models[f"{self.scheme} flat by rtn"] = self._rounded(self.start)
+        elif self.start is not None:
+            models[f"{self.scheme} at the start"] = self.start
+        models[f"{self.scheme} trained"] = trained
         worth = {"float": evaluate(given, test)}
-        for name, model in ((f"{self.scheme} by rtn", rounded), (f"{self.scheme} trained", trained)):
-            worth[name] = evaluate(model, test, reference=given)
+        worth |= {name: evaluate(model, test, reference=given) for name, model in models.items()}
         return [{"name": name, **values} for name, values in worth.items()]
