@@ -35,10 +35,10 @@ def upside_down():
     return model
 
 
-def losses(start, given, method, scheme="w8a8", size=8):
+def losses(start, given, method, scheme="w8a8", size=8, settings=STILL):
     seen = []
     train_quantized(
-        start, tiny.loader(n=64, batch=32, size=size), scheme, method, given=given, settings=STILL,
+        start, tiny.loader(n=64, batch=32, size=size), scheme, method, given=given, settings=settings,
         progress=lambda step, steps, loss: seen.append(loss),
     )  # fmt: skip
     return seen
@@ -50,12 +50,7 @@ def test_a_folded_start_is_compared_with_the_channels_of_a_folded_network(frozen
     given = upside_down()
     start = quantize(given, images(), "w8a8", "rtn")
     settings = QATSettings(averaging=None, training=tiny.settings(epochs=1, lr=1e-9, freeze_batchnorm=frozen))
-    seen = []
-    train_quantized(
-        start, tiny.loader(n=64, batch=32), "w8a8", FPQ(p=0.0, csd=1.0, task=0.0), given=given, settings=settings,
-        progress=lambda step, steps, loss: seen.append(loss),
-    )  # fmt: skip
-    assert max(seen) < 0.1
+    assert max(losses(start, given, FPQ(p=0.0, csd=1.0, task=0.0), settings=settings)) < 0.1
 
 
 @pytest.mark.parametrize("rotate", [Rotate(), Rotate(stream=False)])

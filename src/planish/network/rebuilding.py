@@ -56,6 +56,7 @@ def turned_channels(model: nn.Module, parts: Sequence[str]) -> list[str]:
 
 def has_turned_channels(model: nn.Module) -> bool:
     """Whether the outputs of a layer of ``model`` are no longer those of the network in float, channel by channel."""
+    # files that are older than the note say at least where the norms went
     return any(note["name"] in (TURNED, "rms-norm") for note in rebuilt(model))
 
 

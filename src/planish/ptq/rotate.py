@@ -60,7 +60,7 @@ class Rotate:
             try:
                 check_exact(model, partial(part, seed=self.seed), images, _what(part))
                 part(model, images, seed=self.seed)
-                changed.append(_what(part).removeprefix("turning the ").removeprefix("turning "))
+                changed.append(_what(part).removeprefix("turning "))
             except PlanishError as error:
                 calibration.note(self.name, str(error))
         if changed:

@@ -228,9 +228,8 @@ class FPQ(Method):
         parts = super().ingredients(context)
         if self.csd:
             axes = layer_axes(context.model, layers)
-            parts.append(
-                ChannelStandardizedDistillation(context.channel_teacher("fpq"), axes, self.csd, self.reduction)
-            )
+            teacher = context.channel_teacher(self.name)
+            parts.append(ChannelStandardizedDistillation(teacher, axes, self.csd, self.reduction))
         if self.p:
             parts.append(FeaturePerturbation({n: context.taps[n] for n in inputs}, self.p, self.position))
         return parts

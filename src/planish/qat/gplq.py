@@ -136,5 +136,5 @@ class GPLQ(Method):
         parts = super().ingredients(context)
         if self.mimic:
             path = penultimate(context.layers())
-            parts.append(FeatureMimicry(context.channel_teacher("gplq"), path, self.mimic, self.variance))
+            parts.append(FeatureMimicry(context.channel_teacher(self.name), path, self.mimic, self.variance))
         return parts
