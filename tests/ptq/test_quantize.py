@@ -2,6 +2,7 @@
 
 import copy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from torch import nn
 
 import planish
 from planish.errors import PlanishError
-from planish.network import taps_of
+from planish.network import taps_of, weights_megabytes
 from planish.network.batches import call_model, logits_of
 from planish.ptq import METHODS, Calibrate, FoldBatchNorm, Round, quantize
 from planish.ptq.passes import Calibration, measure, run_passes
 from planish.quantizers import UniformQuantizer
 from tests.network.zoo import NAMES, build, image
 from tests.ptq.reference import round_to_nearest
+from tests.training import tiny
 
 
 @torch.no_grad()
@@ -267,3 +269,25 @@ def test_a_pass_is_logged_as_it_ends():
     with pytest.raises(PlanishError, match="no"):
         quantize(model, [torch.randn(5, 4)], "w4a4", [Calibrate(), Fails()], log=records.append)
     assert [record["pass"] for record in records] == ["calibrate"]
+
+
+@pytest.mark.parametrize(
+    ("passes", "shares"),
+    [
+        ([FoldBatchNorm()], {"float"}),
+        ([FoldBatchNorm(), Round()], {"w4", "w8"}),
+        ([Calibrate(), Round()], {"w4a4", "w8a8"}),
+    ],
+)
+def test_what_no_pass_rounds_is_in_float_in_the_ledger_and_in_the_file(passes, shares, tmp_path):
+    model, log = tiny.conv(), []
+    quantized = quantize(model, [torch.randn(8, 1, 8, 8)], "w4a4", passes, log=log.append)
+    assert set(planish.ledger(quantized).shares) == shares
+    notes = [line["text"] for line in log if line["event"] == "note"]
+    whole = shares == {"w4a4", "w8a8"}
+    assert [text.startswith("no pass of the list rounds ") for text in notes] == ([] if whole else [True])
+    recipe = {"source": "file", "path": str(Path(tiny.__file__)), "function": "conv"}
+    planish.save(quantized, tmp_path / "q.safetensors", recipe=recipe)
+    back = planish.load(tmp_path / "q.safetensors", trust=True)
+    assert planish.ledger(back) == planish.ledger(quantized)
+    assert weights_megabytes(back) == weights_megabytes(quantized)

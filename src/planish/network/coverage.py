@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -32,6 +32,11 @@ class Assignment:
                 if fmt is not None and site.name not in seen:
                     seen.add(site.name)
                     yield site, fmt
+
+    def only(self, names: Collection[str]) -> Assignment:
+        """The same with the sites of these names alone; all others stay in float."""
+        formats = {name: fmt if name in names else None for name, fmt in self.formats.items()}
+        return replace(self, formats=formats)
 
 
 def read_through_its_tap(model: nn.Module, site: Site, plan: Assignment) -> bool:

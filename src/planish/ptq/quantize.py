@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.network import assign, watch
+from planish.network import assign, taps_of, watch
 from planish.network.batches import first_image, split_batch, to_device
 from planish.network.faults import BadBatch, going_through, sound
 from planish.ptq.journal import Journal, fingerprint
@@ -51,7 +51,8 @@ def quantize(
 
     Returns:
         A model of the same behaviour whose matrix products see quantized operands. Its attribute
-        ``planish_assignment`` holds the plan; :func:`planish.ledger` prints it.
+        ``planish_assignment`` holds the plan; :func:`planish.ledger` prints it. What no pass of a list rounds is in
+        float there, too, and the log has a note of it.
 
     Raises:
         PlanishError: no calibration image, a batch that holds NaN or that the model cannot take, an unknown scheme or
@@ -74,7 +75,11 @@ def quantize(
         work.journal = Journal(checkpoint_dir, resume=resume, settings=settings)
     work.tell, work.progress = log or work.tell, progress or work.progress
     run_passes(work, passes)
-    work.model.planish_assignment = work.assignment  # type: ignore[assignment]
+    taps = dict(taps_of(work.model))
+    bare = [site.name for site, _ in work.assignment.quantized() if site.name not in taps]
+    if bare:
+        work.note("quantize", f"no pass of the list rounds {bare[0]} ({len(bare)} sites in all): they stay in float")
+    work.model.planish_assignment = work.assignment.only(taps)  # type: ignore[assignment]
     return work.model
 
 
