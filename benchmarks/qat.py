@@ -8,8 +8,9 @@ images of the embedded networks are the embedded ones: 10,000 to train on, 2,000
 Settings were chosen on networks trained without the last 10,000 training images, and on those images, never on the test
 images. The networks of small_images.py (``--networks cifar10-resnet20 --small NETWORKS``) train on 10,000 of their
 50,000 images and are measured on all test images, with the settings that were chosen on the embedded ones, but for the
-learning rate of the ViTs (``--held-out``; qat_rate.csv has them at ``--lr 0.002``). The suite "all images" trains on
-all 50,000 (Fashion-MNIST: 60,000) instead.
+learning rate of the ViTs (``--held-out``; qat_rate.csv has them at ``--lr 0.002``). The suites "all images" and
+"longer" train on all 50,000 (Fashion-MNIST: 60,000) instead, "longer" for twice the epochs; the scheme "float" is the
+network trained on as it is, not rounded.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ from planish.training import TrainingSettings
 # Peak, chosen on held-out images: among 5e-4, 1e-3, 2e-3 and 4e-3 here, among 5e-4 and 2e-3 on the ViT on CIFAR-10,
 # which has the default, 5e-4, like the one on Tiny-ImageNet-100. Convolutional networks have theirs, 0.02.
 LR = {"vit": 2e-3}
-ALL_IMAGES = "all images"  # the suite that trains on all images that the network was trained on
+ALL_IMAGES, LONGER = "all images", "longer"  # suites that train on all images that the network was trained on
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ class Arm:
     labels: int = 0  # labelled images; 0: all. The rest is given as unlabelled images where the method takes them
     averaging: float | None = QATSettings.averaging
     schemes: tuple[str, ...] = ("w4a4", "w2a4", "w2a2")
+    times: int = 1  # the epochs, so many times
 
 
 def suites() -> dict[str, list[Arm]]:
@@ -89,7 +91,9 @@ def suites() -> dict[str, list[Arm]]:
         Arm("tuned, rtn", start="tuned"),
         *(Arm(m, get_method(m)) for m in ("lsq", "kd", "fpq", "mec")),
     ]
-    return {"methods": methods, "starts": starts, "ablations": ablations, ALL_IMAGES: every}
+    longer = [Arm("tuned", start="tuned", schemes=("float",), times=2)]
+    longer += [Arm(m, get_method(m), schemes=("w4a4",), times=2) for m in ("kd", "fpq")]
+    return {"methods": methods, "starts": starts, "ablations": ablations, ALL_IMAGES: every, LONGER: longer}
 
 
 FIELDS = ["network", "checkpoint", "fp_top1", "suite", "arm", "method", "options", "start", "scheme", "seed", "top1",
@@ -121,7 +125,8 @@ class Study:
         return make_loader(dataset, self.args.batch_size, shuffle=True, seed=self.seed, augment=True, drop_last=True)
 
     def train(self, arm: Arm, scheme: str) -> nn.Module:
-        training = TrainingSettings(epochs=self.args.epochs, lr=self.lr, seed=self.seed)
+        epochs = arm.times * self.args.epochs
+        training = TrainingSettings(epochs=epochs, lr=self.lr, seed=self.seed)
         given, loader = self.loaded.model, self.loader(self.data.train)
         unlabelled = None
         if arm.labels:
@@ -133,6 +138,9 @@ class Study:
             unlabelled = self.loader(Subset(self.data.train, rest))
         subset = calibration_subset(self.data.train, self.data.train_labels, 512, self.seed)
         calibration = make_loader(subset, self.args.batch_size, shuffle=False, seed=0)
+        if scheme == "float":  # BatchNorm as in the arms that train the quantized network
+            settings = plain(replace(training, freeze_batchnorm=False), averaging=arm.averaging)
+            return flatten(given, loader, settings=settings)
         if arm.method is None:
             settings = {
                 "tuned": plain(training, averaging=arm.averaging),
@@ -142,9 +150,9 @@ class Study:
             return quantize(model, calibration, scheme)
         start = given
         if arm.start == "flat":
-            half = FlattenSettings(training=replace(training, epochs=self.args.epochs // 2))
+            half = FlattenSettings(training=replace(training, epochs=epochs // 2))
             start = flatten(given, loader, scheme, settings=half)
-            training = replace(training, epochs=self.args.epochs - self.args.epochs // 2)
+            training = replace(training, epochs=epochs - epochs // 2)
         elif arm.start != "given":
             start = quantize(given, calibration, scheme, arm.start)
         if not arm.method.takes_unlabelled:
@@ -167,10 +175,10 @@ class Study:
         return {
             "network": self.name, "checkpoint": self.loaded.weights_hash, "fp_top1": round(self.fp_top1, 5),
             "suite": suite,
-            "arm": arm.name, "method": method.name if method else "rtn",
+            "arm": arm.name, "method": method.name if method else "" if scheme == "float" else "rtn",
             "options": " ".join(f"{k}={v}" for k, v in options.items()), "start": arm.start, "scheme": scheme,
             "seed": self.seed, **{k: round(worth[k], 5) for k in ("top1", "nll", "ece", "flip_rate")},
-            "epochs": self.args.epochs, "lr": self.lr or "default", "averaging": arm.averaging,
+            "epochs": arm.times * self.args.epochs, "lr": self.lr or "default", "averaging": arm.averaging,
             "labels": arm.labels or len(self.data.train_labels),
             "train_images": len(self.data.train_labels), "test_images": len(self.data.test),
             "batch_size": self.args.batch_size, "threads": self.args.threads, "train_seconds": seconds,
@@ -184,7 +192,7 @@ def measure(args: argparse.Namespace, done: set[tuple[str, ...]]) -> Iterator[di
         for name in args.networks:
             studies: dict[bool, Study] = {}  # by whether they have all training images
             for suite in args.suite:
-                everything = suite == ALL_IMAGES
+                everything = suite in (ALL_IMAGES, LONGER)
                 for arm in suites()[suite]:
                     if args.arms and arm.name not in args.arms:
                         continue
@@ -208,7 +216,7 @@ def summary(path: Path) -> str:
     lines = []
     for suite, network in dict.fromkeys(key[:2] for key in cells):
         mine = [key for key in cells if key[:2] == (suite, network)]
-        schemes = [s for s in ("w4a4", "w2a4", "w2a2") if any(key[3] == s for key in mine)]
+        schemes = [s for s in ("float", "w4a4", "w2a4", "w2a2") if any(key[3] == s for key in mine)]
         lines += scheme_table(
             f"{network}, {suite} (float {float_top1[network]})", schemes, dict.fromkeys(key[2] for key in mine),
             lambda arm, s, suite=suite, network=network: cells.get((suite, network, arm, s), []),
@@ -221,7 +229,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["convnet", "vit"])
     parser.add_argument("--suite", nargs="+", default=["methods"], choices=list(suites()))
     parser.add_argument("--arms", nargs="+", help="only these")
-    parser.add_argument("--schemes", nargs="+", default=["w2a2", "w4a4", "w2a4"])
+    parser.add_argument("--schemes", nargs="+", default=["w2a2", "w4a4", "w2a4", "float"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, help="peak learning rate; rows do not go by it: give another --out")

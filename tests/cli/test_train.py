@@ -200,6 +200,10 @@ def test_methods_shows_the_options_of_one(planish):
     listed = planish("methods", "rtn").out
     assert "its passes:" in listed
     assert [line.split()[0] for line in listed.splitlines()[1:]] == ["fold-batchnorm", "calibrate", "round"]
+    listed = planish("methods", "ofq").out.splitlines()
+    (small,) = [line for line in listed if line.split()[:1] == ["DeiT-S"] and " at w2a2 " not in line]
+    assert "--epochs 330 --batch-size 800 --optimizer adamw --lr 0.00032 --weight-decay 0 " in small
+    assert small.endswith("each image three times, no average of the weights]")
     ended = planish("methods", "magic")
     assert ended.status == 2
     assert "'magic' is not known: choose one of rtn, matched, gptq" in ended.err

@@ -5,12 +5,14 @@ import copy
 import pytest
 import timm
 import torch
+from timm.models.swin_transformer import WindowAttention
 from timm.models.vision_transformer import Attention
 from torch import nn
 
 from planish.network import assign, attach, detach, ledger, watch
-from planish.network.query_key import QueryKeyAttention, reparameterize_query_key
+from planish.network.query_key import QueryKeyAttention, QueryKeyWindowAttention, reparameterize_query_key
 from planish.ptq import quantize
+from tests.network.zoo import build
 
 
 def vit(**options):
@@ -41,6 +43,33 @@ def test_it_computes_what_timm_does(bias, mask):
         "causal": {"is_causal": True},
     }[mask]  # fmt: skip
     torch.testing.assert_close(QueryKeyAttention(layer)(x, **options), layer(x, **options), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("masked", [False, True])
+def test_windows_of_swin(bias, masked):
+    torch.manual_seed(2)
+    layer = WindowAttention(12, num_heads=3, window_size=(2, 3), qkv_bias=bias).double().eval()
+    for p in layer.parameters():
+        nn.init.normal_(p, std=0.7)
+    x = torch.randn(2 * 5, 6, 12, dtype=torch.float64)  # two images of five windows
+    mask = torch.where(torch.rand(5, 6, 6) > 0.6, -100.0, 0.0).double() if masked else None
+    torch.testing.assert_close(QueryKeyWindowAttention(layer)(x, mask), layer(x, mask), rtol=0, atol=1e-12)
+
+
+def test_a_swin_keeps_its_state_and_its_outputs():
+    model, x = build("swin")  # the second block of a stage has shifted windows, with a mask
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, WindowAttention):
+                module.relative_position_bias_table.normal_()
+                module.qkv.bias.normal_()
+    state, expected = {key: value.clone() for key, value in model.state_dict().items()}, model(x)
+    assert len(reparameterize_query_key(model)) == 4
+    assert {key: value.shape for key, value in model.state_dict().items()} == {k: v.shape for k, v in state.items()}
+    torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=1e-4)
+    model.load_state_dict(state)
+    assert not watch(model, x).unreachable
 
 
 def test_gradients_of_the_latent_weights_are_the_same():

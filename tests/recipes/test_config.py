@@ -9,7 +9,7 @@ import pytest
 
 from planish.cli.options import Run
 from planish.errors import PlanishError
-from planish.recipes.arms import ARMS, arm_settings
+from planish.recipes.arms import ARMS, arm_settings, training_settings
 from planish.recipes.check import MAX_SEED, check_run
 from planish.recipes.config import (
     FREE,
@@ -22,6 +22,7 @@ from planish.recipes.config import (
     from_flat_dict,
 )
 from planish.report.folder import RunFolder
+from planish.training import TrainingSettings
 from planish.training.engine import step_seed
 
 
@@ -75,6 +76,26 @@ def test_every_arm_has_settings_of_the_same_budget():
             assert (settings.training.epochs, settings.training.lr, settings.training.seed) == (3, 0.1, 5)
     with pytest.raises(PlanishError, match="'none' is not known: choose from given"):
         arm_settings("none", train, NoiseOptions(), 0)
+
+
+def test_options_of_training_are_those_of_the_loop():
+    assert training_settings(TrainOptions(epochs=4), 0) == TrainingSettings()  # but for the epochs
+    options = TrainOptions(weight_decay=0.0, warmup=0.5, final_lr=0.1)
+    for arm in ARMS:
+        settings = arm_settings(arm, options, NoiseOptions(), 5)
+        if settings is not None:
+            training = settings.training
+            assert (training.weight_decay, training.warmup, training.final_lr) == (0.0, 0.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"weight_decay": -1.0}, "weight-decay is -1.0"), ({"warmup": 1.5}, "warmup is 1.5"),
+     ({"final_lr": float("nan")}, "final-lr is nan")],
+)  # fmt: skip
+def test_rates_that_cannot_be(options, message):
+    with pytest.raises(PlanishError, match=message):
+        check_run(RunConfig(train=TrainOptions(**options)))
 
 
 def test_what_the_flat_arm_learns_from_and_how_it_normalizes():

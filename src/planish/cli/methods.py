@@ -47,7 +47,14 @@ def _options(name: str) -> None:
     method = get_method(name)
     documented = option_docs(type(method))
     entries = [(f"{f.name}={getattr(method, f.name)}", documented.get(f.name, ""), "") for f in fields(method)]
-    _print({f"{method.name}: {method.summary} [{method.paper}]": entries})
+    groups = {f"{method.name}: {method.summary} [{method.paper}]": entries}
+    if method.recipes:
+        heading = "what its authors trained with, as options of planish train"
+        groups[heading] = [
+            (network, recipe.command_line, f"not in it: {recipe.besides}" if recipe.besides else "")
+            for network, recipe in method.recipes.items()
+        ]
+    _print(groups)
 
 
 def _values(step: Any) -> str:

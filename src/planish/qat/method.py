@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from torch import nn
 from planish.errors import PlanishError
 from planish.network import Assignment, Product, Site
 from planish.network.rebuilding import has_turned_channels
+from planish.qat.published import Recipe
 from planish.quantizers import TrainableQuantizer
 from planish.scheme import Scheme
 from planish.task import FEATURES, task_of
@@ -82,6 +83,7 @@ class Method:
     summary: ClassVar[str] = "learned step sizes, zero points as calibrated"
     paper: ClassVar[str] = "Esser et al. 2020, arXiv 1902.08153"
     takes_unlabelled: ClassVar[bool] = False  # whether it can use images without labels
+    recipes: ClassVar[Mapping[str, Recipe]] = {}  # what its authors trained with, by the name of the network
 
     weights: str = "lsq"
     activations: str = "lsq"

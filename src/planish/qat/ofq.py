@@ -7,26 +7,41 @@ shifts around the quantizers of activations, distillation from the float network
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import nn
 
 from planish.network import reparameterize_query_key
 from planish.qat.annealing import ConfidenceGuidedAnnealing
 from planish.qat.method import Context, Method
+from planish.qat.published import Recipe
 from planish.scheme import Scheme
-from planish.training import Ingredient
+from planish.training import Ingredient, TrainingSettings
 
-# The recipes of the authors' code (commit 7ed37d1) for ImageNet, from trained weights: AdamW, cosine to 1e-5, float32.
-_SLOW = {"epochs": 300, "batch_size": 560, "lr": 5.47e-4, "weight_decay": 0.05, "warmup_epochs": 5, "mixup": False}
-_MIXED = {"epochs": 300, "weight_decay": 0.0, "warmup_epochs": 0, "mixup": True}
-RECIPES: dict[str, dict[str, Any]] = {
-    "deit-tiny": _SLOW,
-    "deit-small-w2a2": _SLOW,
-    "deit-small": {**_MIXED, "batch_size": 800, "lr": 3.2e-4},
-    "swin-tiny-w2a2": {**_SLOW, "batch_size": 512, "lr": 5e-4},
-    "swin-tiny": {**_MIXED, "batch_size": 512, "lr": 2e-4},
+
+def _recipe(scheme: str, batch_size: int, lr: float, weight_decay: float, warmup: int, mixup: str = "") -> Recipe:
+    """A recipe of the authors' code (commit 7ed37d1) for ImageNet, from trained weights, in float32.
+
+    Theirs are 300 epochs down to a learning rate of 1e-5, and 30 more with it for the annealing. Here annealing is the
+    end of the one training, in which the cosine is near its end as well.
+    """
+    epochs, annealing = 330, 30
+    training = TrainingSettings(
+        epochs=epochs, optimizer="adamw", lr=lr, weight_decay=weight_decay, warmup=warmup / epochs, final_lr=1e-5 / lr,
+        freeze_batchnorm=False,
+    )  # fmt: skip
+    besides = ", ".join(filter(None, ["RandAugment", "random erasing", mixup, "no average of the weights"]))
+    return Recipe(scheme, batch_size, training, {"per_token": True, "annealing": annealing / epochs}, besides)
+
+
+RECIPES = {
+    "DeiT-T": _recipe("w2a2, w3a3, w4a4", 560, 5.47e-4, 0.05, 5),
+    "DeiT-S at w2a2": _recipe("w2a2", 560, 5.47e-4, 0.05, 5),
+    "DeiT-S": _recipe("w3a3, w4a4", 800, 3.2e-4, 0.0, 0, "mixup, CutMix, each image three times"),
+    "Swin-T at w2a2": _recipe("w2a2", 512, 5e-4, 0.05, 5),
+    "Swin-T": _recipe("w3a3, w4a4", 512, 2e-4, 0.0, 0, "mixup, CutMix"),
 }
 
 
@@ -46,6 +61,7 @@ class OFQ(Method):
     name: ClassVar[str] = "ofq"
     summary: ClassVar[str] = "scales from statistics, query and key as one weight, annealing of undecided weights"
     paper: ClassVar[str] = "Liu et al. 2023, arXiv 2302.02210"
+    recipes: ClassVar[Mapping[str, Recipe]] = RECIPES
 
     weights: str = "statsq"
     activations: str = "shifted"

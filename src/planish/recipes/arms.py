@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from planish.errors import PlanishError
 from planish.flattening import FlattenSettings, plain
@@ -34,16 +34,18 @@ ARMS = {
 }
 
 
+def training_settings(train: TrainOptions, seed: int) -> TrainingSettings:
+    """The options of the command line, all of which the training has by the same names, and a seed."""
+    return TrainingSettings(**asdict(train), seed=seed)
+
+
 def arm_settings(arm: str, train: TrainOptions, noise: NoiseOptions, seed: int) -> FlattenSettings | None:
     """The settings of an arm; ``None`` for ``given``. Raises :class:`PlanishError` for a name that is no arm."""
     if arm not in ARMS:
         raise PlanishError(f"arm {arm!r} is not known: choose from {', '.join(ARMS)}")
     if arm == "given":
         return None
-    training = TrainingSettings(
-        epochs=train.epochs, lr=train.lr, optimizer=train.optimizer, mixed_precision=train.mixed_precision,
-        accumulation=train.accumulation, compile=train.compile, seed=seed,
-    )  # fmt: skip
+    training = training_settings(train, seed)
     base = plain(training)
     if arm == "tuned":
         return base

@@ -75,6 +75,11 @@ def check_training(train: TrainOptions, noise: NoiseOptions) -> None:
         raise PlanishError(f"epochs is {train.epochs}: training needs at least 1")
     if train.lr is not None and not (math.isfinite(train.lr) and train.lr > 0):
         raise PlanishError(f"lr is {train.lr}: the learning rate is a number above 0")
+    if train.weight_decay is not None and not (math.isfinite(train.weight_decay) and train.weight_decay >= 0):
+        raise PlanishError(f"weight-decay is {train.weight_decay}: it is a number from 0 on")
+    for name, share in (("warmup", train.warmup), ("final-lr", train.final_lr)):
+        if not 0 <= share <= 1:
+            raise PlanishError(f"{name} is {share}: it is a share, from 0 to 1")
     if train.accumulation < 1:
         raise PlanishError(f"accumulation is {train.accumulation}: a batch is computed in 1 or more parts")
     _one_of("optimizer", train.optimizer, ("auto", "sgd", "adamw"))

@@ -45,6 +45,12 @@ class TrainOptions:
     """peak learning rate; default: 0.02 with SGD (BatchNorm and no LayerNorm), 5e-4 with AdamW (other networks)"""
     optimizer: str = "auto"
     """auto, sgd or adamw"""
+    weight_decay: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
+    """on weights, not on biases and norms; default: 5e-4 with SGD, 0.05 with AdamW"""
+    warmup: float = 0.05
+    """share of the training in which the learning rate rises to its peak; it falls again by a cosine"""
+    final_lr: float = 0.0
+    """what the learning rate ends at, as a share of its peak"""
     mixed_precision: str = "no"
     """no, bf16 or fp16"""
     accumulation: int = 1

@@ -22,7 +22,7 @@ from planish.network.batches import split_batch
 from planish.ptq import quantize
 from planish.qat import Method, QATSettings, train_quantized
 from planish.qat.oscillation import OscillationTracker
-from planish.recipes.arms import arm_settings
+from planish.recipes.arms import arm_settings, training_settings
 from planish.recipes.config import NoiseOptions, TrainOptions
 from planish.recipes.estimate import measured, tell, worth_it
 from planish.recipes.kept import Kept
@@ -30,7 +30,6 @@ from planish.recipes.material import Material
 from planish.recipes.processes import count_processes, is_main, on_main
 from planish.recipes.session import StopFlag
 from planish.recipes.trained import keeping, train_arm
-from planish.training import TrainingSettings
 from planish.training.loop import CHECKPOINT_MINUTES
 
 STARTS = ("given", "flat")
@@ -127,12 +126,8 @@ class QuantizedTraining:
     @property
     def settings(self) -> QATSettings:
         """Of the training of the quantized network."""
-        training = TrainingSettings(
-            epochs=self.epochs, lr=self.options.lr, optimizer=self.options.optimizer, freeze_batchnorm=False,
-            mixed_precision=self.options.mixed_precision, accumulation=self.options.accumulation,
-            compile=self.options.compile, seed=self.seed,
-        )  # fmt: skip
-        return QATSettings(training=training)
+        training = training_settings(self.options, self.seed)
+        return QATSettings(training=replace(training, epochs=self.epochs, freeze_batchnorm=False))
 
     def rehearse(self, batches: list[Any] | None = None, progress: Callable[..., None] | None = None) -> None:
         """One step from the given network, thrown away: what the method or the network refuses is refused at once.
