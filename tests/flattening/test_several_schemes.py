@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from planish.errors import PlanishError
 from planish.flattening import ActivationNoise, FlattenSettings, WeightNoise, flatten
 from planish.flattening.activation_noise import _Rounding
 from planish.functional import Grid, fake_quantize
@@ -154,3 +155,15 @@ def test_a_weight_made_from_parameters_is_measured_whole():
     flat = flatten(model, tiny.loader(), "w4a4", settings=settings)
     assert all(torch.isfinite(p).all() for p in flat.parameters())
     assert list(flat.state_dict()) == list(model.state_dict())
+
+
+@pytest.mark.parametrize(
+    ("schemes", "options", "message"),
+    [([], {}, "no scheme to flatten for"), ("w4a4", {"weight_gain": -1.0}, "weight_gain is -1"),
+     ("w4a4", {"activation_gain": float("nan")}, "activation_gain is nan"),
+     ("w4a4", {"reestimate_batches": -1}, "reestimate_batches is -1")],
+)  # fmt: skip
+def test_settings_that_mean_nothing_are_refused_before_any_step(schemes, options, message):
+    settings = FlattenSettings(training=tiny.settings(), **options)
+    with pytest.raises(PlanishError, match=message):
+        flatten(tiny.conv(), tiny.loader(), schemes, settings=settings)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.network.batches import call_model, first_image, logits_of, split_batch, to_device
+from planish.network.batches import call_model, first_image, first_images, join, logits_of, split_batch, to_device
 
 
 class Add(nn.Module):
@@ -59,3 +59,19 @@ def test_first_image_and_device_go_through_containers():
     assert first["b"][0].shape == (1,)
     assert first["c"] == "text"
     assert to_device(batch, "meta")["b"][0].is_meta
+
+
+def test_batches_are_joined_whatever_they_are():
+    a, b = torch.randn(3, 4), torch.randn(2, 4)
+    assert torch.equal(join([a, b]), torch.cat([a, b]))
+    joined = join([{"x": a, "also": (a,)}, {"x": b, "also": (b,)}])
+    assert torch.equal(joined["x"], torch.cat([a, b]))
+    assert torch.equal(joined["also"][0], torch.cat([a, b]))
+
+
+def test_the_first_images_come_from_as_many_batches_as_hold_them():
+    batches = [{"x": part, "y": part + 10} for part in torch.arange(7).split(3)]
+    for count, expected in ((2, [0, 1]), (3, [0, 1, 2]), (5, [0, 1, 2, 3, 4]), (9, [0, 1, 2, 3, 4, 5, 6])):
+        first = first_images(batches, count)
+        assert first["x"].tolist() == expected
+        assert (first["y"] - first["x"]).tolist() == [10] * len(expected)

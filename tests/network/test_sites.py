@@ -181,3 +181,23 @@ def test_forwards_are_restored_after_an_error():
     with pytest.raises(PlanishError):
         watch(model, image(8, 5))
     assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+class Centred(nn.Module):
+    """Centres its images, in place or not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place, self.head = in_place, nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.head(x.sub_(1.0) if self.in_place else x - 1.0)
+
+
+def test_a_model_that_changes_its_images_is_refused_and_they_are_not_changed():
+    images = torch.ones(4, 3)
+    assert len(watch(Centred(in_place=False), images).products) == 1
+    for context in (torch.inference_mode(), torch.no_grad()):
+        with context, pytest.raises(PlanishError, match="Centred changes its images in place"):
+            watch(Centred(in_place=True), images)
+    assert torch.equal(images, torch.ones(4, 3))

@@ -12,7 +12,7 @@ from planish.deploy.checkpoint import load, save
 from planish.errors import PlanishError
 from planish.network import taps_of, watch, weights_megabytes
 from planish.network.batches import first_image
-from planish.network.rebuilding import rebuilt
+from planish.network.rebuilding import rebuilt, turned_channels
 from planish.ptq import Calibrate, FoldBatchNorm, Round, quantize
 from planish.ptq.compensation import CHILD, BlockCompensation, add_compensation, find_blocks
 from planish.ptq.gptq import GPTQ
@@ -168,10 +168,24 @@ def test_at_8_bits_the_maps_of_a_rotated_network_are_next_to_nothing():
     assert all(ours.blocks[i].get_submodule(CHILD).weight.norm() < 0.1 for i in (0, 1))
 
 
-def test_a_float_network_that_was_kept_before_the_rotation_is_refused():
+class Turn:
+    """A pass of one's own that notes a change of the float network in the model alone."""
+
+    name = "turn"
+
+    def __call__(self, calibration):
+        turned_channels(calibration.model, ["head"])
+
+
+def test_a_float_network_that_was_kept_before_a_change_of_structure():
     model, images = wide()
+    early, late = (
+        quantize(model, [images], "w3a3", passes)
+        for passes in ([KeepFloat(), Rotate(), *PREPARE, added()], [Rotate(), *PREPARE, added()])
+    )
+    assert torch.equal(run(early, images), run(late, images))  # what was kept is let go
     with pytest.raises(PlanishError, match=r"has another structure now .* put KeepFloat\(\) behind"):
-        quantize(model, [images], "w3a3", [KeepFloat(), Rotate(), *PREPARE, added()])
+        quantize(model, [images], "w3a3", [KeepFloat(), Turn(), Calibrate(), Round(), added()])
 
 
 @pytest.mark.parametrize("name", list(RECIPES))

@@ -342,6 +342,7 @@ def test_inputs_that_overflow_are_named():
     ("options", "message"),
     [
         ({"damp": 0.0}, "damp is 0.0: give a share"),
+        ({"damp": float("inf")}, "damp is inf: give a share"),
         ({"inputs": "exact"}, "inputs is 'exact': choose one of quantized, float"),
         ({"block": 0}, "block is 0: give a number of columns"),
         ({"inputs": "float", "ridge": RidgeCorrection()}, "ridge corrects for quantized inputs"),

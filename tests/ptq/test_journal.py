@@ -6,9 +6,13 @@ import torch
 from planish.errors import PlanishError
 from planish.network import taps_of
 from planish.ptq import Calibrate, FoldBatchNorm, Reconstruct, Round, quantize
-from planish.ptq.journal import Journal
+from planish.ptq.assign_bits import AssignBits
+from planish.ptq.gptq import GPTQ
+from planish.ptq.journal import Journal, fingerprint
 from planish.ptq.learners import LEARNERS
 from planish.ptq.norm_tuning import TuneNorms
+from planish.ptq.refine import RefineRanges
+from planish.ptq.ridge import RidgeCorrection
 from tests.ptq.work import network, same, state
 
 torch.set_num_threads(1)
@@ -114,3 +118,28 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(PlanishError, match="file/kept could not be made"):
         quantized(tmp_path / "file" / "kept")
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (GPTQ(ridge=RidgeCorrection(lam=0.1)), GPTQ(ridge=RidgeCorrection(lam=1.0))),
+        (GPTQ(), GPTQ(ridge=RidgeCorrection())),
+        (RefineRanges(), RefineRanges(factors=(0.5, 1.0))),
+        (AssignBits("0.1x"), AssignBits("0.1x", widths=(2, 8))),
+    ],
+)
+def test_every_option_of_a_pass_is_part_of_what_it_is_known_by(one, other):
+    logits = [torch.zeros(1, 2)]
+    assert fingerprint("w4a4", [one], logits) == fingerprint("w4a4", [one], logits)
+    assert fingerprint("w4a4", [one], logits) != fingerprint("w4a4", [other], logits)
+    less = [GPTQ(ridge=RidgeCorrection(memory=1.0), memory=2.0)]  # which changes no result
+    assert fingerprint("w4a4", less, logits) == fingerprint("w4a4", [GPTQ(ridge=RidgeCorrection())], logits)
+
+
+def test_other_products_in_float_are_another_quantization(tmp_path):
+    model, batches = network("vit")
+    given = {"checkpoint_dir": tmp_path / "kept", "resume": True}
+    quantize(model, batches, "w3a3", passes(), **given, allow=["blocks.0.*"])
+    with pytest.raises(PlanishError, match="a part of another quantization"):
+        quantize(model, batches, "w3a3", passes(), **given)

@@ -13,7 +13,8 @@ from planish.network import taps_of
 from planish.ptq import Calibrate, FoldBatchNorm, Round, norm_tuning, quantize
 from planish.ptq.affines import norm_parameters
 from planish.ptq.norm_tuning import PrepareNorms, TuneNorms
-from planish.ptq.outputs import layers_of
+from planish.ptq.outputs import keep_float, layers_of
+from planish.ptq.passes import run_logits
 from planish.ptq.tuning import Tuning
 from tests.deploy.tiny import LOOKS
 from tests.ptq.work import NETWORKS, images, network, notes, same, state, work
@@ -189,3 +190,11 @@ def test_saved_and_loaded(tmp_path):
     loaded = load(tmp_path / "q.safetensors")
     with torch.no_grad():
         assert torch.equal(loaded(x), quantized(x))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_passes_behind_it_compare_with_the_float_network(name):
+    model, batches = network(name)
+    tuned = work(model, batches, "w3a3", [*RTN, TuneNorms(**FAST)])
+    assert not same(state(tuned.model), state(work(model, batches, "w3a3", RTN).model))  # it does change something
+    torch.testing.assert_close(run_logits(keep_float(tuned), batches), tuned.reference)

@@ -17,9 +17,10 @@ from planish.ptq.outputs import (
     layers_of,
     output_moments,
 )
+from planish.ptq.statistics import MatchStatistics
 from planish.scheme import Format, Scheme
 from tests.network.zoo import build, image
-from tests.ptq.work import NETWORKS, network, state, work
+from tests.ptq.work import NETWORKS, network, same, state, work
 
 RTN = (FoldBatchNorm(), Calibrate(), Round())
 X = image(8, channels=4)
@@ -176,3 +177,11 @@ def test_layers_that_run_twice_are_handed_out_once():
     assert {path: (exact.calls, now.calls) for path, (exact, now) in calls.items()} == {
         "first": (2, 2), "body": (4, 4), "head": (2, 2)
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_was_kept_before_the_float_network_changed_is_let_go(name):
+    model, batches = network(name)
+    late = work(model, batches, "w4a4", [*RTN, MatchStatistics()])
+    early = work(model, batches, "w4a4", [KeepFloat(), *RTN, MatchStatistics()])
+    assert same(state(early.model), state(late.model))

@@ -1,6 +1,7 @@
 """The reconstruction engine: what it lowers, what it leaves behind, what it refuses."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from planish.ptq import Calibrate, FoldBatchNorm, Reconstruct, Round, quantize, 
 from planish.ptq.learners import LEARNERS
 from planish.ptq.objectives import OBJECTIVES
 from planish.quantizers import UniformQuantizer
+from planish.scheme import Format, Scheme
 from tests.training import tiny
 
 torch.set_num_threads(1)
@@ -204,3 +206,80 @@ def test_mixed_images_are_calibrated_on_beside_the_given_ones(monkeypatch):
     given = torch.cat(images())
     assert torch.equal(torch.cat(seen[0].batches[:2]), given)
     assert not torch.equal(seen[0].batches[2], given[:16])
+
+
+@pytest.mark.parametrize("learner", LEARNERS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_networks_of_other_precision(dtype, learner):
+    model, batches = tiny.vit().eval().to(dtype), [batch.to(dtype) for batch in images(16)]
+    quick = Reconstruct(learner=learner, **QUICK)
+    log = []
+    better = quantize(model, batches, "w2a4", [*BASE, quick], log=log.append)
+    assert better(batches[0]).dtype == dtype
+    units = [line for line in log if line["event"] == "unit"]
+    assert len(units) == 2
+    assert all(line["after"] < line["before"] for line in units)
+
+
+def test_weights_with_groups_stay_as_they_were_rounded_and_the_log_says_so():
+    scheme, log = Scheme("groups", Format(4, "group", group_size=4), Format(4, symmetric=False)), []
+    plain = quantize(tiny.vit().eval(), images(16), scheme, BASE)
+    better = quantize(tiny.vit().eval(), images(16), scheme, [*BASE, Reconstruct(**QUICK)], log=log.append)
+    notes = [line["text"] for line in log if line["event"] == "note"]
+    assert any("has a scale for each group of its inputs: it stays as it was rounded" in text for text in notes)
+    ours, theirs = (dict(taps_of(one)) for one in (better, plain))
+    groups = [name for name, tap in theirs.items() if tap.format.granularity == "group"]
+    assert groups
+    assert all(torch.equal(ours[name].grid.scale, theirs[name].grid.scale) for name in groups)
+    scheme = replace(scheme, activations=None)
+    weights_only = quantize(tiny.vit().eval(), images(16), scheme, [*BASE, Reconstruct(**QUICK)], log=log.append)
+    assert torch.isfinite(weights_only(images(16)[0])).all()
+    assert "has nothing to learn" in log[-2]["text"]
+
+
+class Tied(nn.Module):
+    """Two layers with one weight, between others."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.a, self.b, self.head = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.head(self.b(self.a(self.stem(x.mean(1).mean(1)).relu()).relu()).relu())
+
+
+def test_a_weight_that_two_layers_share_stays_as_it_was_rounded():
+    log, model = [], Tied().eval()
+    better = quantize(model, images(), "w2a4", [*BASE, Reconstruct(**QUICK)], log=log.append)
+    texts = [line["text"] for line in log if line["event"] == "note"]
+    assert any(text.startswith("a.weight is shared by several layers: it stays") for text in texts)
+    plain = quantize(model, images(), "w2a4", BASE)
+    assert torch.equal(better.a.weight, plain.a.weight)
+    ours, theirs = (dict(taps_of(one)) for one in (better, plain))
+    assert torch.equal(ours["a.weight"].grid.scale, theirs["a.weight"].grid.scale)
+
+
+class Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.mid, self.head = nn.Conv2d(1, 4, 3), nn.Linear(4, 8), nn.Linear(8, 4)
+
+    def forward(self, x, scale):
+        return self.head(self.mid(self.conv(x).mean((2, 3))).relu() * scale[:, None])
+
+
+def test_losses_of_the_whole_network_are_refused_where_it_has_several_inputs():
+    batches = [{"x": batch, "scale": torch.ones(len(batch))} for batch in images()]
+    quantize(Two().eval(), batches, "w2a4", [*BASE, Reconstruct(**QUICK)])
+    with pytest.raises(PlanishError, match="this network has several inputs: take loss local"):
+        quantize(Two().eval(), batches, "w2a4", [*BASE, Reconstruct(loss="glf", **QUICK)])
+
+
+@pytest.mark.parametrize(
+    "options", [{"travel": -1.0}, {"activation_travel": -0.5}, {"travel": float("nan")}, {"layers": 0}]
+)
+def test_options_that_mean_nothing(options):
+    with pytest.raises(PlanishError, match=next(iter(options))):
+        learned(tiny.conv(), **options)

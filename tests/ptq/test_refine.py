@@ -104,3 +104,41 @@ def test_bad_options_and_places_are_refused():
         RefineRanges(factors=(0.0,))
     with pytest.raises(PlanishError, match="put it after Calibrate"):
         quantize(tiny.conv().eval(), images(), "w4a4", [RefineRanges()])
+
+
+class Residual(nn.Module):
+    """Adds to what a layer has read, in place or not."""
+
+    def __init__(self, in_place):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.inner, self.head = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 1), nn.Linear(8, 4)
+        self.in_place = in_place
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.inner(x)
+        if self.in_place:
+            x += 3 * y
+        else:
+            x = x + 3 * y
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("method", ["rtn", "refined"])
+def test_a_tensor_that_is_changed_after_a_layer_has_read_it(method):
+    passes = {"rtn": [Calibrate(), Round()], "refined": [Calibrate(), RefineRanges(), Round()]}[method]
+    ours, plain = (dict(taps_of(quantize(Residual(one).eval(), images(), "w4a3", passes))) for one in (True, False))
+    assert all(torch.equal(ours[name].grid.scale, plain[name].grid.scale) for name in plain)
+
+
+def test_images_are_taken_from_as_many_batches_as_hold_them():
+    whole, parts = images(8, 24), [part for batch in images(8, 24) for part in batch.split(5)]
+    ours, one = (
+        dict(taps_of(quantize(tiny.conv().eval(), some, "w3a3", [Calibrate(), RefineRanges(images=20), Round()])))
+        for some in (parts, whole)
+    )
+    less = dict(taps_of(quantize(tiny.conv().eval(), whole, "w3a3", [Calibrate(), RefineRanges(images=5), Round()])))
+    scales = [[tap.grid.scale for tap in taps.values()] for taps in (ours, one, less)]
+    assert all(torch.allclose(a, b) for a, b in zip(*scales[:2], strict=True))
+    assert not all(torch.allclose(a, b) for a, b in zip(*scales[1:], strict=True))

@@ -227,3 +227,24 @@ def test_a_few_tokens_with_large_errors_do_not_spoil_the_others():
 def test_a_penalty_without_a_meaning(lam):
     with pytest.raises(PlanishError, match=f"ridge: lam is {lam}: give a share of the mean diagonal above 0"):
         RidgeCorrection(lam)
+
+
+@pytest.mark.parametrize(("count", "batch"), [(1, 1), (6, 1), (6, 2)])
+def test_a_lam_can_be_chosen_from_any_number_of_images_in_a_batch(count, batch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    images = list(torch.randn(count, 4).split(batch))
+    quantized = quantize(model, images, "w4a3", [Calibrate(), RidgeCorrection(lam=None), Round()])
+    plain = quantize(model, images, "w4a3", [Calibrate(), Round()])
+    assert torch.isfinite(quantized(images[0])).all()
+    if count == 1:  # a single column leaves nothing to predict it from
+        assert torch.equal(quantized(images[0]), plain(images[0]))
+
+
+def test_folds_of_calls_with_one_column_each():
+    torch.manual_seed(0)
+    calls = [(layer_call(torch.randn(1, 1, 6)), torch.randn(1, 1, 3)) for _ in range(6)]
+    ours = moments(calls, folds=True)
+    assert [round(float(gram[0, -1, -1])) for gram, _ in ours.folds] == [2, 2, 1, 1]  # columns: the last input is a one
+    torch.testing.assert_close(sum(gram for gram, _ in ours.folds), ours.gram)
+    assert moments(calls[:1], folds=True).folds == ()

@@ -8,7 +8,7 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.ptq.affines import Affines, norm_parameters
-from planish.ptq.tuning import Images, Tuning, _join, divergence
+from planish.ptq.tuning import Images, Tuning, divergence
 from tests.ptq.work import images, network, same, state, work
 
 
@@ -19,14 +19,6 @@ def test_divergence_is_the_formula():
     expected = 16 * sum(p[i, k] * (p[i, k] / q[i, k]).log() for i in range(5) for k in range(3)) / 5
     torch.testing.assert_close(divergence(logits, target, 4.0), expected)
     assert divergence(target, target, 4.0) == 0
-
-
-def test_batches_are_joined_whatever_they_are():
-    a, b = images(3), images(2, seed=1)
-    assert torch.equal(_join([a, b]), torch.cat([a, b]))
-    joined = _join([{"x": a, "also": (a,)}, {"x": b, "also": (b,)}])
-    assert torch.equal(joined["x"], torch.cat([a, b]))
-    assert torch.equal(joined["also"][0], torch.cat([a, b]))
 
 
 def test_every_epoch_takes_each_image_once():

@@ -131,3 +131,12 @@ def test_refusals():
     with pytest.raises(PlanishError, match="1 of 80 values"):
         watcher.observe(torch.cat([normal(2, 5, 8).flatten()[:-1], torch.tensor([float("nan")])]).view(2, 5, 8))
     assert watcher.batches == 1
+
+
+def test_what_happens_to_a_batch_later_does_not_matter():
+    x = normal(4, 5)
+    watcher = RunningRange(Format(4, symmetric=False))
+    watcher(x)
+    expected = watcher.grid()
+    x.zero_()
+    assert torch.equal(watcher.grid().scale, expected.scale)

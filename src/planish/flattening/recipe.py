@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -178,6 +179,7 @@ def flatten(
     if batch is None:
         raise PlanishError("the training loader yields no batch: give it at least one image")
     schemes = [scheme] if isinstance(scheme, (str, Scheme)) else list(scheme)
+    _check(settings, schemes)
     plans: list[Assignment] = []
     if settings.imitates or allow:
         example = first_image(to_device(split_batch(batch)[0], accelerator.device))
@@ -199,6 +201,14 @@ def flatten(
         reestimate_batchnorm(flat, clean)
         equalize_buffers(flat, accelerator)
     return flat.eval()
+
+
+def _check(settings: FlattenSettings, schemes: Sequence[Scheme | str]) -> None:
+    if not schemes and settings.imitates:
+        raise PlanishError("there is no scheme to flatten for: give one, such as w4a4, or several")
+    for name in ("weight_gain", "activation_gain", "reestimate_batches"):
+        if not 0 <= getattr(settings, name) < math.inf:
+            raise PlanishError(f"{name} is {getattr(settings, name)}: give 0 or more")
 
 
 def make_ingredients(settings: FlattenSettings, model: nn.Module, plans: Sequence[Assignment]) -> list[Ingredient]:

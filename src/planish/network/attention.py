@@ -8,7 +8,7 @@ and v can be tapped one by one.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -91,36 +91,22 @@ def multi_head_attention_forward(
     if static_k is not None or static_v is not None:
         raise NotImplementedError("multi-head attention with static_k or static_v: leave this module in float (allow=)")
     batched = query.dim() == 3
-    same = query is key and key is value
-    if not batched:
+    weight: Any = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight
+    if not batched and query is key and key is value:
+        query = key = value = query.unsqueeze(1)
+    elif not batched:
         query, key, value = (t.unsqueeze(1) for t in (query, key, value))
-        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    if not batched and key_padding_mask is not None:
+        key_padding_mask = key_padding_mask.unsqueeze(0)
     length, batch, width = query.shape
-    if use_separate_proj_weight:
-        biases: Any = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        weights: Any = (q_proj_weight, k_proj_weight, v_proj_weight)
-        q, k, v = (linear(t, w, b) for t, w, b in zip((query, key, value), weights, biases, strict=True))
-    elif same:
-        assert in_proj_weight is not None
-        q, k, v = linear(query, in_proj_weight, in_proj_bias).chunk(3, -1)
-    else:
-        assert in_proj_weight is not None
-        biases = (None,) * 3 if in_proj_bias is None else in_proj_bias.chunk(3)
-        q, k, v = (
-            linear(t, w, b) for t, w, b in zip((query, key, value), in_proj_weight.chunk(3), biases, strict=True)
-        )
-
-    def extend(mask: Tensor | None, columns: int = 1) -> Tensor | None:
-        return None if mask is None else F.pad(mask, (0, columns))
-
+    q, k, v = _project((query, key, value), weight, in_proj_bias, linear)
     if bias_k is not None and bias_v is not None:
         k, v = torch.cat([k, bias_k.expand(1, batch, -1)]), torch.cat([v, bias_v.expand(1, batch, -1)])
-        attn_mask, key_padding_mask = extend(attn_mask), extend(key_padding_mask)
+        attn_mask, key_padding_mask = _one_more(attn_mask), _one_more(key_padding_mask)
     q, k, v = (t.reshape(t.shape[0], batch, num_heads, -1).permute(1, 2, 0, 3) for t in (q, k, v))
     if add_zero_attn:
         k, v = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1))
-        attn_mask, key_padding_mask = extend(attn_mask), extend(key_padding_mask)
-
+        attn_mask, key_padding_mask = _one_more(attn_mask), _one_more(key_padding_mask)
     bias = _merge_masks(attn_mask, key_padding_mask, batch, num_heads, q)
     if is_causal and attn_mask is None:
         bias = torch.full((length, k.size(-2)), -math.inf, device=q.device, dtype=q.dtype).triu(1)
@@ -136,6 +122,24 @@ def multi_head_attention_forward(
         shown = weights.mean(1) if average_attn_weights else weights
         shown = shown if batched else shown.squeeze(0)
     return (out if batched else out.squeeze(1)), shown
+
+
+def _project(
+    inputs: tuple[Tensor, Tensor, Tensor], weight: Tensor | tuple[Tensor, Tensor, Tensor], bias: Tensor | None,
+    linear: Linear,
+) -> Sequence[Tensor]:  # fmt: skip
+    """Queries, keys and values; self-attention with one weight for the three has one product, as in PyTorch."""
+    query, key, value = inputs
+    if isinstance(weight, Tensor) and query is key and key is value:
+        return linear(query, weight, bias).chunk(3, -1)
+    weights = weight.chunk(3) if isinstance(weight, Tensor) else weight
+    biases = (None,) * 3 if bias is None else bias.chunk(3)
+    return [linear(t, w, b) for t, w, b in zip(inputs, weights, biases, strict=True)]
+
+
+def _one_more(mask: Tensor | None) -> Tensor | None:
+    """A mask for one more key, which all may see."""
+    return None if mask is None else F.pad(mask, (0, 1))
 
 
 def _merge_masks(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError
@@ -72,10 +74,35 @@ def cut(inputs: Any, start: int, stop: int) -> Any:
     return map_tensors(inputs, lambda tensor: tensor[start:stop])
 
 
+def join(batches: Sequence[Any]) -> Any:
+    """One batch of inputs out of several, for whatever nesting of tensors they are."""
+    first = batches[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(batches))
+    if isinstance(first, Mapping):
+        return {key: join([batch[key] for batch in batches]) for key in first}
+    if isinstance(first, (tuple, list)):
+        return type(first)(join(parts) for parts in zip(*batches, strict=True))
+    return first
+
+
+def first_images(batches: Sequence[Any], count: int) -> Any:
+    """One batch with the first so many images of some batches of inputs, or all if there are fewer."""
+    sizes = list(itertools.accumulate(size_of(batch) for batch in batches))
+    needed = 1 + sum(size < count for size in sizes)
+    return cut(join(batches[:needed]), 0, count)
+
+
+def tensors_of(inputs: Any) -> list[Tensor]:
+    """The tensors in the inputs."""
+    found: list[Tensor] = []
+    map_tensors(inputs, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
+
+
 def size_of(inputs: Any) -> int:
     """How many images a batch of inputs (or of inputs and labels) has."""
-    sizes: list[int] = []
-    map_tensors(inputs, lambda tensor: sizes.append(len(tensor)) or tensor)  # type: ignore[func-returns-value]
+    sizes = [len(tensor) for tensor in tensors_of(inputs)]
     if not sizes:
         raise PlanishError(f"a batch of the loader is a {type(inputs).__name__} without a tensor: it needs images")
     return sizes[0]

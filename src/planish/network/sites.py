@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from planish.errors import PlanishError
-from planish.network.batches import call_model
+from planish.network.batches import call_model, map_tensors, tensors_of
 from planish.network.modes import evaluating
 from planish.network.products import Call, ProductMode, prepares_weights
 
@@ -223,7 +223,7 @@ def watch(model: nn.Module, example: Any) -> Watched:
         The products in the order of execution, each with its sites and its multiply-accumulates for one image.
 
     Raises:
-        PlanishError: the model does not run on the example, or has taps already.
+        PlanishError: the model does not run on the example, changes it, or has taps already.
     """
     first = next(iter(example.values())) if isinstance(example, dict) else example
     first = first[0] if isinstance(first, (tuple, list)) else first
@@ -233,14 +233,14 @@ def watch(model: nn.Module, example: Any) -> Watched:
             f"the model {type(model).__name__} has taps already: watch (or quantize) the model that it was made from, "
             f"or take them off with planish.network.detach"
         )
-    recorder = _Recorder(model)
+    recorder, looked_at = _Recorder(model), _copied(example)
     try:
         # inside inference mode PyTorch does not break composite functions up into what the meter counts
         undisturbed = torch.inference_mode(False), torch.no_grad(), evaluating(model)
         with ExitStack() as stack:
             for context in (*undisturbed, recorder.frames_of(model), _Meter(recorder), recorder):
                 stack.enter_context(context)
-            call_model(model, example)
+            call_model(model, looked_at)
     except PlanishError:
         raise
     except Exception as error:  # whatever the model raises is about the example
@@ -248,11 +248,23 @@ def watch(model: nn.Module, example: Any) -> Watched:
         raise PlanishError(
             f"the model {type(model).__name__} does not run on an example of shape {shapes}: {error}"
         ) from error
+    if any(tensor._version for tensor in tensors_of(looked_at)):
+        raise PlanishError(
+            f"the model {type(model).__name__} changes its images in place, and it is shown the same images several "
+            "times: let its forward make new tensors, such as x = x - mean in place of x.sub_(mean)"
+        )
     products = list(recorder.found.values())
     unreachable = list(recorder.unreachable.values())
     for product in products + unreachable:
         product.macs = -(-product.macs // batch)  # rounded up: what is computed from parameters alone must not vanish
     return Watched(products, unreachable, batch)
+
+
+def _copied(example: Any) -> Any:
+    """The example, with a copy of each of its tensors; a copy counts how often it is changed in place."""
+    copies: dict[int, Tensor] = {}  # what is one tensor stays one: attention looks whether query and key are
+    with torch.inference_mode(False):
+        return map_tensors(example, lambda tensor: copies.setdefault(id(tensor), tensor.clone()))
 
 
 def _join(path: str, slot: str) -> str:

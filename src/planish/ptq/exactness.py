@@ -54,6 +54,10 @@ def relative_change(now: Tensor, before: Tensor) -> float:
 
 
 def require_float(calibration: Calibration, name: str) -> None:
-    """Raise :class:`PlanishError` if the network has taps: a pass that changes the float network has to come first."""
+    """Raise :class:`PlanishError` if the network has taps: a pass that changes the float network has to come first.
+
+    What was kept of that network is let go, because it will be another one.
+    """
     if next(taps_of(calibration.model), None) is not None:
         raise PlanishError(f"{name} changes the network in float: put it before the passes that quantize anything")
+    calibration.float_twin = None

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish.network.batches import call_model, logits_of, map_tensors
+from planish.network.batches import call_model, logits_of, map_tensors, tensors_of
 from planish.network.units import Unit, first_tensor
 from planish.ptq.shelf import Shelf
 from planish.task import task_of
@@ -207,7 +207,7 @@ class Flow:
             if any(isinstance(value, Tensor) for value in (*more, *options.values())) or len(x) != size:
                 return None
             self.extra[self.units[index].path] = (tuple(more), dict(options))
-            result = self.shelf.room(self.images, x.shape[1:]) if result is None else result
+            result = self.shelf.room(self.images, x.shape[1:], x.dtype) if result is None else result
             result[at : at + size] = x
             at += size
         return result
@@ -218,7 +218,7 @@ class Flow:
         result, at, device = None, 0, _device(self.batches[0])
         for size in self.sizes:
             z = self.run(which, index, inputs[at : at + size].to(device, copy=True))  # it may work in place
-            result = self.shelf.room(self.images, z.shape[1:]) if result is None else result
+            result = self.shelf.room(self.images, z.shape[1:], z.dtype) if result is None else result
             result[at : at + size] = z
             at += size
         assert result is not None
@@ -256,12 +256,8 @@ class Suffix:
 
 def batch_size(inputs: Any) -> int:
     """Images in a batch."""
-    sizes: list[int] = []
-    map_tensors(inputs, lambda tensor: sizes.append(len(tensor)) or tensor)  # type: ignore[func-returns-value]
-    return sizes[0]
+    return len(tensors_of(inputs)[0])
 
 
 def _device(inputs: Any) -> torch.device:
-    devices: list[torch.device] = []
-    map_tensors(inputs, lambda tensor: devices.append(tensor.device) or tensor)  # type: ignore[func-returns-value]
-    return devices[0]
+    return tensors_of(inputs)[0].device

@@ -6,6 +6,7 @@ Frantar et al. 2022, arXiv 2210.17323, after optimal brain quantization (Frantar
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -129,7 +130,7 @@ class GPTQ:
 
     def __post_init__(self) -> None:
         check_memory(self.name, self.memory)
-        if not self.damp > 0:
+        if not 0 < self.damp < math.inf:
             raise PlanishError(f"gptq: damp is {self.damp}: give a share of the mean diagonal above 0, such as 0.01")
         if self.inputs not in INPUTS:
             raise PlanishError(f"gptq: inputs is {self.inputs!r}: choose one of {', '.join(INPUTS)}")

@@ -106,11 +106,12 @@ class Journal:
         save_weights(tensors, self.folder / f"{name}.safetensors")
 
 
-def fingerprint(scheme: str, passes: Sequence[Any], reference: Sequence[Tensor]) -> dict[str, Any]:
+def fingerprint(scheme: str, passes: Sequence[Any], reference: Sequence[Tensor], **more: Any) -> dict[str, Any]:
     """What the result of a quantization depends on, as plain values.
 
     Args:
         scheme: its name.
+        more: what else the result depends on, by name.
         passes: as they are applied.
         reference: logits of the float network for all calibration images, batch by batch: they stand for the network,
             the images, and the arithmetic of this machine.
@@ -118,14 +119,20 @@ def fingerprint(scheme: str, passes: Sequence[Any], reference: Sequence[Tensor])
     digest = hashlib.sha256()
     for logits in reference:
         digest.update(logits.contiguous().numpy().tobytes())
-    return {"scheme": scheme, "passes": [_described(step) for step in passes], "float": digest.hexdigest()}
+    described = [[getattr(step, "name", ""), _described(step)] for step in passes]
+    return {"scheme": scheme, "passes": described, "float": digest.hexdigest(), **_described(more)}
 
 
-def _described(step: Any) -> list[Any]:
-    """The class of a pass and its plain options; ``memory`` changes where caches lie and no result."""
-    found = fields(step) if is_dataclass(step) else ()
-    options = {item.name: getattr(step, item.name) for item in found if item.name != "memory"}
-    return [
-        type(step).__name__, step.name,
-        {k: v for k, v in options.items() if v is None or isinstance(v, (bool, int, float, str))},
-    ]  # fmt: skip
+def _described(value: Any) -> Any:
+    """A pass or an option as plain values; of what is none (a loader of images) only the class is told.
+
+    ``memory`` is left out, which changes where caches lie and no result.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, Mapping):
+        return {str(key): _described(one) for key, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_described(one) for one in value]
+    own = {item.name: getattr(value, item.name) for item in fields(value)} if is_dataclass(value) else {}
+    return [type(value).__name__, {name: _described(one) for name, one in own.items() if name != "memory"}]

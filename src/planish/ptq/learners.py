@@ -114,7 +114,7 @@ class SignRounding(TrainableQuantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         moved, grid = self._shifted(x)
-        return learned_quantize(moved, grid)
+        return learned_quantize(moved, grid).to(x.dtype)
 
     @torch.no_grad()
     def keep_valid(self) -> None:
@@ -124,7 +124,7 @@ class SignRounding(TrainableQuantizer):
     @torch.no_grad()
     def latent(self, x: Tensor) -> Tensor:
         moved, grid = self._shifted(x)
-        return learned_quantize(moved, grid)
+        return learned_quantize(moved, grid).to(x.dtype)
 
 
 class SignSGD(torch.optim.Optimizer):

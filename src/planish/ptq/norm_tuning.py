@@ -15,7 +15,7 @@ from planish.network.batches import first_image
 from planish.network.folding import find_pairs
 from planish.network.taps import taps_of
 from planish.ptq.affines import Affines, norm_parameters
-from planish.ptq.outputs import layers_of
+from planish.ptq.outputs import keep_float, layers_of
 from planish.ptq.passes import Calibration
 from planish.ptq.trial import rounded_copy
 from planish.ptq.tuning import Tuning
@@ -50,8 +50,8 @@ class TuneNorms(Tuning):
             raise PlanishError(f"layers is {self.layers!r}: choose one of {', '.join(LAYERS)}.")
 
     def __call__(self, calibration: Calibration) -> None:
-        model = calibration.model
-        pairs = _folded(calibration)
+        keep_float(calibration)
+        model, pairs = calibration.model, _folded(calibration)
         layers = [] if self.layers == "none" else layers_of(calibration)
         if self.layers == "folded":
             layers = [layer for layer in layers if layer.path in pairs]
@@ -85,6 +85,7 @@ class PrepareNorms(Tuning):
         model = calibration.model
         if any(True for _ in taps_of(model)):
             raise PlanishError("prepare-norms works on the float network: put it first in the list of passes")
+        calibration.float_twin = None
         trial, pairs = rounded_copy(calibration)
         layers = [layer for layer in layers_of(trial) if layer.path in pairs]
         affines = Affines(norm_parameters(trial.model, but=pairs.values()), layers)

@@ -43,8 +43,9 @@ class Layer:
 class KeepFloat:
     """Keep a copy of the network as it is now, in float, for the passes that compare layers with it.
 
-    The passes that change weights (``GPTQ``, ``RidgeCorrection``, ``Reconstruct``) do so themselves, if none before
-    them did. In a list it is needed only before passes of one's own that change them.
+    The passes that change weights (``GPTQ``, ``RidgeCorrection``, ``Reconstruct``, ``TuneNorms``) do so themselves, if
+    none before them did. In a list it is needed only before passes of one's own that change them, and after those that
+    change the float network (``FoldBatchNorm``, ``Rotate``, ...), which let go of what was kept.
     """
 
     name = "keep-float"

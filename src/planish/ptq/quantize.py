@@ -71,7 +71,7 @@ def quantize(
     plan = assign(watch(twin, first_image(batches[0])), scheme, allow=patterns)
     work = Calibration(twin, batches, plan, _reference(twin, batches), given=model, allow=patterns)
     if checkpoint_dir is not None:
-        settings = fingerprint(scheme.describe(), passes, work.reference)
+        settings = fingerprint(scheme.describe(), passes, work.reference, allow=sorted(patterns), task=task)
         work.journal = Journal(checkpoint_dir, resume=resume, settings=settings)
     work.tell, work.progress = log or work.tell, progress or work.progress
     run_passes(work, passes)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor
 
 from planish.errors import PlanishError
-from planish.network.batches import first_image, map_tensors
+from planish.network.batches import first_image, map_tensors, tensors_of
 from planish.network.units import LAYERS, find_units, join_units
 from planish.ptq.cutmix import cutmix
 from planish.ptq.flow import Flow, Suffix, batch_size
@@ -84,6 +86,11 @@ class Reconstruct(Settings):
                 raise PlanishError(f"the {what} of a reconstruction is {value}: give a positive number")
         if self.joint < 0:
             raise PlanishError(f"joint is {self.joint}: give the number of pairs that are reconstructed together, or 0")
+        if self.layers < 1:
+            raise PlanishError(f"layers is {self.layers}: a unit that stays whole has at least 1 layer")
+        travels = self.activation_travel, 1.0 if self.travel is None else self.travel
+        if not all(0 <= travel < math.inf for travel in travels):
+            raise PlanishError(f"travel is {self.travel}, activation_travel {self.activation_travel}: give 0 or more")
         learner = get_learner(self.learner)
         return learner if self.travel is None else replace(learner, travel=self.travel)
 
@@ -102,17 +109,25 @@ class Reconstruct(Settings):
         began, units = time.perf_counter(), [i for i in range(len(flow.units)) if self._low(calibration, flow, i)]
         if not units:
             return
+        if self.loss != "local" and any(len(tensors_of(batch)) > 1 for batch in flow.batches):
+            raise PlanishError(
+                f"loss {self.loss} runs what follows a unit on what that unit gives alone, and this network has "
+                "several inputs: take loss local"
+            )
         self._estimate(calibration, flow, len(units) / len(flow.units))
         suffix_parts = self._reference(calibration, flow) if self.loss != "local" else None
+        fixed = self._fixed(calibration, flow)
         for index, unit in enumerate(flow.units):
             data = flow.data(index)
             if data is None:
                 calibration.note(self.name, f"{unit.name} cannot be run alone: its weights are rounded to nearest")
                 continue
             if index in units:
-                work = UnitLearning(self, learner, calibration, flow, index, data)
+                work = UnitLearning(self, learner, calibration, flow, index, data, fixed)
                 kept = f"{calibration.place}-{self.name}-{index}"
-                if (done := calibration.journal.get(kept)) is not None:
+                if not work.learns:
+                    calibration.note(self.name, f"{unit.name} has nothing to learn: it stays as it was rounded")
+                elif (done := calibration.journal.get(kept)) is not None:
                     work.restore(done)
                 else:
                     suffix = Suffix(flow, index, *suffix_parts) if suffix_parts else None
@@ -124,6 +139,31 @@ class Reconstruct(Settings):
                     )  # fmt: skip
                 calibration.progress((units.index(index) + 1) / len(units))
             flow.advance(index, data)
+
+    def _fixed(self, calibration: Calibration, flow: Flow) -> set[str]:
+        """The names of the weights that stay as they were rounded, with a note for each.
+
+        What one unit learns of a weight that others read as well would be wrong for them, and a weight with a scale for
+        each group of its inputs has no learner.
+        """
+        model, plan = calibration.model, calibration.assignment
+        holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+        readers: dict[str, set[int]] = defaultdict(set)
+        for index, unit in enumerate(flow.units):
+            for product in plan.products:
+                if product.name in unit.products:
+                    for site in product.sites:
+                        readers[site.name].add(index)
+        fixed = set()
+        for site, fmt in plan.quantized():
+            if site.parameter and fmt.bits < 8:
+                shared = holders[id(model.get_submodule(site.owner)._parameters[site.slot])] > 1
+                why = "has a scale for each group of its inputs" if fmt.granularity == "group" else ""
+                why = "is shared by several layers" if shared or len(readers[site.name]) > 1 else why
+                if why:
+                    calibration.note(self.name, f"{site.name} {why}: it stays as it was rounded")
+                    fixed.add(site.name)
+        return fixed
 
     def _estimate(self, calibration: Calibration, flow: Flow, share: float) -> None:
         """Say, before it starts, about how long it will take and how much the caches hold."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network import Site, taps_of
-from planish.network.batches import call_model, map_tensors
+from planish.network.batches import call_model, first_images, map_tensors
 from planish.network.units import first_tensor
 from planish.ptq.outputs import keep_float
 from planish.ptq.passes import Calibration
@@ -97,29 +97,42 @@ class _Call:
 
     def error(self, module: nn.Module) -> float:
         """The squared error of the module's output now."""
-        found = first_tensor(module(*self.args, **self.kwargs))
+        found = first_tensor(module(*_copy(self.args), **_copy(self.kwargs)))  # it may work in place on them
         assert found is not None
         return float((found - self.output).square().sum())
 
 
 def _first_calls(model: nn.Module, batches: list[Any], paths: list[str], images: int) -> dict[str, _Call]:
-    """The first call of each module for some images, where it gives a tensor."""
+    """The first call of each module for some images, where it gives a tensor.
+
+    All is copied as it is at that time: what follows may work in place on it.
+    """
+    entered: dict[str, tuple[Any, Any]] = {}
     found: dict[str, _Call] = {}
     handles = []
     for path in paths:
 
-        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any, path: str = path) -> None:
+        def enter(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            if path not in entered:
+                entered[path] = _copy(args), _copy(kwargs)
+
+        def leave(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
             tensor = first_tensor(output)
             if path not in found and tensor is not None:
-                found[path] = _Call(args, kwargs, tensor.clone())
+                found[path] = _Call(*entered[path], tensor.clone())
 
-        handles.append(model.get_submodule(path).register_forward_hook(keep, with_kwargs=True))
+        module = model.get_submodule(path)
+        handles += [module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)]
     try:
-        call_model(model, map_tensors(batches[0], lambda t: t[:images]))
+        call_model(model, first_images(batches, images))
     finally:
         for handle in handles:
             handle.remove()
     return found
+
+
+def _copy(inputs: Any) -> Any:
+    return map_tensors(inputs, Tensor.clone)
 
 
 class _silent:

@@ -63,7 +63,7 @@ def reconstruct_mlp(
         lr: relative to the root mean square of each tensor.
         batch: rows of a step.
     """
-    values = [value.detach().clone().float() for value in layers]
+    values, x, y = [value.detach().clone().float() for value in layers], x.float(), y.float()
     mlp = _Layers(values)
 
     def calls() -> Iterator[tuple[LayerCall, Tensor]]:

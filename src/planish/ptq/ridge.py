@@ -109,16 +109,21 @@ def moments(calls: Iterable[tuple[LayerCall, Tensor | None]], *, robust: bool = 
     """
     sums: list[list[Tensor | None]] = [[None, None] for _ in range(FOLDS if folds else 1)]
     site = ""
-    for call, rest in calls:
+    for number, (call, rest) in enumerate(calls):
         site = call.site
         for x, e in call.columns(rest):
             x = F.pad(x, (0, 0, 0, 1), value=1.0)
             if robust:
                 root = _column_weights(x if e is None else e).sqrt()
                 x, e = x * root, None if e is None else e * root
-            # columns go from image to image
+            # columns go from image to image; where there are fewer of them than folds, call after call gets the next
+            turn = number % len(sums) if x.shape[-1] < len(sums) else 0
             others = [None] * len(sums) if e is None else e.tensor_split(len(sums), -1)
-            for one, part, other in zip(sums, x.tensor_split(len(sums), -1), others, strict=True):
+            for one, part, other in zip(
+                [*sums[turn:], *sums[:turn]], x.tensor_split(len(sums), -1), others, strict=True
+            ):
+                if part.shape[-1] == 0:
+                    continue
                 one[0] = _added(one[0], part, part)
                 one[1] = one[1] if other is None else _added(one[1], other, part)
     grams = [gram for gram, _ in sums if gram is not None]
@@ -129,7 +134,7 @@ def moments(calls: Iterable[tuple[LayerCall, Tensor | None]], *, robust: bool = 
             f"{site}: {what} of this layer are not finite or too large to be squared; look for an overflow in the "
             f"layers before it"
         )
-    pairs = tuple(zip(grams, crosses, strict=False)) if folds else ()
+    pairs = tuple(zip(grams, crosses, strict=False)) if folds and len(grams) > 1 else ()  # one has no rest
     return Moments(reduce(torch.add, grams), reduce(torch.add, crosses) if crosses else None, pairs)
 
 

@@ -12,8 +12,6 @@ from torch import Tensor
 
 from planish.errors import NotWritten, why_not_written
 
-_FLOAT = 4  # bytes of a value
-
 
 class Shelf:
     """Room for tensors of one row an image: in memory while it lasts, then in files of a temporary folder.
@@ -28,20 +26,21 @@ class Shelf:
         self._folder = tempfile.TemporaryDirectory(prefix="planish-", dir=folder)
         self._files = 0
 
-    def room(self, rows: int, shape: Sequence[int]) -> Tensor:
+    def room(self, rows: int, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """A tensor of (rows, *shape) with arbitrary values.
 
         Raises:
             NotWritten: it goes into a file, and the disk has no room for it.
         """
         count = rows * int(torch.Size(shape).numel())
-        if self.held + count * _FLOAT <= self.memory:
-            self.held += count * _FLOAT
-            return torch.empty(rows, *shape)
+        size = count * dtype.itemsize
+        if self.held + size <= self.memory:
+            self.held += size
+            return torch.empty(rows, *shape, dtype=dtype)
         self._files += 1
         name = str(Path(self._folder.name) / f"{self._files}.bin")
-        self._claim(name, count * _FLOAT)
-        return torch.from_file(name, shared=True, size=count, dtype=torch.float32).view(rows, *shape)
+        self._claim(name, size)
+        return torch.from_file(name, shared=True, size=count, dtype=dtype).view(rows, *shape)
 
     def _claim(self, name: str, size: int) -> None:
         """Make a file whose room on the disk is taken: a mapped file that grows on a full disk kills the process."""
@@ -67,7 +66,7 @@ class Shelf:
         if name:
             Path(name).unlink(missing_ok=True)
         else:
-            self.held -= tensor.numel() * _FLOAT
+            self.held -= tensor.numel() * tensor.element_size()
 
     def close(self) -> None:
         self._folder.cleanup()

@@ -40,7 +40,7 @@ class Parts(nn.Module):
         self.register_buffer("factors", torch.tensor([1 / copies.get(channel, 1) for channel in index]))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x[..., self.index] * self.factors
+        return x[..., self.index] * self.factors.to(x.dtype)
 
 
 @rebuilder("split-outliers")

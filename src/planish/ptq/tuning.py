@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.errors import PlanishError
-from planish.network.batches import call_model, logits_of, map_tensors, split_batch, to_device
+from planish.network.batches import call_model, join, logits_of, map_tensors, split_batch, to_device
 from planish.network.modes import evaluating
 from planish.ptq.affines import Affines
 from planish.ptq.passes import Calibration
@@ -48,21 +48,9 @@ class Images:
             yield from (self[part] for part in order.split(size) if len(part) == size)
 
 
-def _join(batches: Sequence[Any]) -> Any:
-    """One batch of several, for whatever nesting of tensors they are."""
-    first = batches[0]
-    if isinstance(first, Tensor):
-        return torch.cat(list(batches))
-    if isinstance(first, Mapping):
-        return {key: _join([batch[key] for batch in batches]) for key in first}
-    if isinstance(first, (tuple, list)):
-        return type(first)(_join(parts) for parts in zip(*batches, strict=True))
-    return first
-
-
 def all_images(calibration: Calibration) -> Images:
     """The calibration images."""
-    return Images(_join(calibration.batches), torch.cat(calibration.reference).to(_device(calibration)))
+    return Images(join(calibration.batches), torch.cat(calibration.reference).to(_device(calibration)))
 
 
 def _device(calibration: Calibration) -> torch.device:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,6 +57,7 @@ class UnitLearning:
         learner: how roundings are learned.
         calibration: the network, with a plain quantizer at every site, and its plan.
         flow, index, data: the unit, its inputs and its target.
+        fixed: names of weights that stay as they are.
     """
 
     settings: Settings
@@ -65,6 +66,7 @@ class UnitLearning:
     flow: Flow
     index: int
     data: UnitData
+    fixed: Collection[str] = ()
 
     def __post_init__(self) -> None:
         inside, plan = set(self.flow.units[self.index].products), self.calibration.assignment
@@ -106,6 +108,14 @@ class UnitLearning:
         assert parameter is not None
         return parameter
 
+    @property
+    def learns(self) -> bool:
+        """Whether anything in the unit can be learned."""
+        return any(not site.is_weight or self._is_learned(site) for site in self.sites if site.name in self.given)
+
+    def _is_learned(self, site: Site) -> bool:
+        return site.parameter and site.name not in self.fixed and self.given[site.name].format.bits < 8
+
     def _insert(self) -> None:
         for site in self.sites:
             old = self.given.get(site.name)
@@ -117,7 +127,7 @@ class UnitLearning:
                 tap = DroppingTap(quantizer.to(self.device), self.coin)
                 self.activations[site.name] = site, tap
                 replace_tap(self.model, site, tap)
-            elif site.parameter and old.format.granularity != "group" and old.format.bits < 8:
+            elif self._is_learned(site):
                 weight = self._parameter(site)
                 made = self.learner.make(old.format, site.channel_axis or 0)
                 made.initialize(weight.detach(), old.grid)

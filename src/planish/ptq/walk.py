@@ -83,7 +83,6 @@ class _Walk:
     decided: set[str] = field(default_factory=set)
     known: int = -1
     cached: list[Tensor] = field(default_factory=list)  # for each network, a row an image
-    dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
         sizes = [batch_size(batch) for batch in self.batches]
@@ -125,11 +124,11 @@ class _Walk:
                         self.shelf.give_back(tensor)
                     return
                 if batch == 0:
-                    held.append(self.shelf.room(self.rows[-1].stop, output.shape[1:]))
-                held[-1][rows], dtype = output, output.dtype
+                    held.append(self.shelf.room(self.rows[-1].stop, output.shape[1:], output.dtype))
+                held[-1][rows] = output
         for tensor in self.cached:
             self.shelf.give_back(tensor)
-        self.known, self.cached, self.dtype = index, held, dtype
+        self.known, self.cached = index, held
 
     def _output(self, network: int, batch: int, module: nn.Module) -> Any:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
@@ -151,7 +150,7 @@ class _Walk:
         if self.known < 0:
             return stack
         device = next((p.device for p in model.parameters()), None)
-        value = self.cached[network][self.rows[batch]].to(device, self.dtype)
+        value = self.cached[network][self.rows[batch]].to(device)
         for i, unit in enumerate(self.units[: self.known + 1]):
             if i == self.known or unit.link:
                 stack.enter_context(returning(model.get_submodule(unit.path), unit, value, zeros=i != self.known))

@@ -75,6 +75,8 @@ class RunningRange(nn.Module):
         keys = torch.rand(values.shape[1], generator=self._generator).to(values.device)
         if self.batches:
             values, keys = torch.cat([self.sample, values], dim=1), torch.cat([self.keys, keys])
+        else:
+            values = values.clone()  # the network may go on to work in place on what they are a view of
         room = max(1, sample_size(values.shape[0], self.capacity) // values.shape[0])
         if len(keys) > room:
             kept = keys.topk(room, largest=False, sorted=False).indices
