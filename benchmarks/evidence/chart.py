@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 NETWORKS = {
     "convnet": "convolutional,\nFashion-MNIST", "vit": "transformer,\nFashion-MNIST",
     "cifar10-resnet20": "ResNet-20,\nCIFAR-10 (JPEG)", "tin100-resnet20": "ResNet-20,\nTiny-ImageNet-100",
+    "cifar10-vit": "ViT,\nCIFAR-10 (JPEG)", "tin100-vit": "ViT,\nTiny-ImageNet-100",
 }  # fmt: skip
 METHODS = {"rtn": "rounded to nearest", "matched": "matched", "fast": "fast"}
 ARMS = ("given", "averaged", "asam", "flat", "flat, without labels", "flat, without labels, batch statistics")
@@ -56,7 +57,7 @@ def main() -> None:
 
     cells = read_top1(args.study)
     with mpl.rc_context(style("#1d2127", "#d5d8de")):
-        figure = Figure(figsize=(12, 8.5), layout="constrained", facecolor="white")
+        figure = Figure(figsize=(15, 8.5), layout="constrained", facecolor="white")
         grid = figure.subplots(len(METHODS), len(NETWORKS), sharex=True, sharey="col")
         for row, (method, title) in zip(grid, METHODS.items(), strict=True):
             for axes, (network, name) in zip(row, NETWORKS.items(), strict=True):
