@@ -40,6 +40,16 @@ def build(classes=3):
 def four():
     return build(4)
 
+def plain():
+    model = build()
+    model.norm = nn.Identity()
+    return model
+
+def bare():
+    model = build()
+    model.planish_preprocessing = None
+    return model
+
 def raising():
     raise KeyError("no")
 

@@ -127,6 +127,7 @@ def test_quantize_within_a_budget(tiny, planish):
     size = weights_megabytes(model)
     assert 0.0007 < size <= 0.0009
     assert f"of a budget of 900 B: {1e6 * size:.4g} B, " in ended.out
+    assert f"quantized.safetensors: {' and '.join(ledger(model).shares)} by rtn; " in ended.out
     bits = [site.bits for site in ledger(model).rows if site.site.endswith("weight")]
     assert len(set(bits)) > 1
     for line in (f"conv2.weight  conv2d    {bits[1]}     channel", f"head.weight   linear    {bits[2]}     channel"):
@@ -158,6 +159,55 @@ def test_flatten_writes_weights_of_the_same_architecture(tiny, planish):
         == 0
     )
     assert [p.name[:5] for p in Path("runs").iterdir()] == ["tiny-"]
+
+
+def test_the_model_may_be_named_without_an_option(tiny, planish):
+    bare = [tiny[1], *tiny[2:]]
+    assert planish("quantize", *bare, "--out", "a.safetensors").status == 0
+    assert planish("quantize", *tiny, "--out", "b.safetensors").status == 0
+    assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
+    assert planish("flatten", *bare, "--epochs", "1", "--out", "f.safetensors").status == 0
+    for command in ("quantize", "flatten"):
+        ended = planish(command, *tiny, "convnet", "--out", "c.safetensors")
+        assert ended.status == 2
+        assert "two models are named, convnet and --model" in ended.err
+
+
+def test_a_quantized_network_is_compared_with_weights_of_its_own(tiny, planish):
+    assert planish("flatten", *tiny, "--epochs", "1", "--out", "f.safetensors").status == 0
+    assert (
+        planish("quantize", *tiny, "--weights", "f.safetensors", "--scheme", "w8a8", "--out", "q.safetensors").status
+        == 0
+    )
+    rest = [*tiny[2:], "--trust"]
+    ended = planish("evaluate", "q.safetensors", *rest, "--against", tiny[1], "--weights", "f.safetensors")
+    assert ended.status == 0, ended.err
+    assert f"(against {tiny[1]})" in ended.out
+    alone = planish("evaluate", "q.safetensors", *rest, "--weights", "f.safetensors")
+    assert alone.status == 2
+    assert "with --against, --weights are those of the network to compare with" in alone.err
+
+
+def test_a_model_of_ones_own_that_does_not_say_what_it_takes(tiny, planish):
+    ended = planish("quantize", "--model", tiny[1].replace(":build", ":bare"), *tiny[2:])
+    assert ended.status == 2
+    assert "cannot take images of shape (3, 224, 224), as they are prepared for it from data" in ended.err
+    assert "in its attribute planish_preprocessing (docs/models.md)" in ended.err
+    ended = planish("quantize", "--model", tiny[1].replace(":build", ":four"), *tiny[2:])
+    assert "give a model that was trained for 3 classes (--model, --weights)" in ended.err
+
+
+def test_what_an_option_does_not_change_is_said(tiny, planish):
+    ended = planish("quantize", *tiny, "--iterations", "5", "--out", "a.safetensors")
+    assert "note: rtn learns nothing, so --iterations changes nothing" in ended.out
+    plain = ["--model", f"{tiny[1].partition(':')[0]}:plain", *tiny[2:]]
+    for network, noted in ((tiny, False), (plain, True)):
+        ended = planish(
+            "flatten", *network, "--epochs", "1", "--batch-statistics", "--out", "f.safetensors", "--overwrite"
+        )
+        assert ended.status == 0, ended.err
+        assert ("has no BatchNorm, so --batch-statistics changes nothing" in ended.out) == noted
+    assert "are for planish train)" in planish("quantize", *tiny, "--method", "kd", "--out", "b.safetensors").err
 
 
 @pytest.mark.slow

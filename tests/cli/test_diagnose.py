@@ -138,8 +138,16 @@ def test_bad_input_is_one_sentence(tiny, planish, tmp_path, arguments, message):
     assert not list(Path("runs").glob("*")) if Path("runs").exists() else True
 
 
+def test_a_quantized_file_is_refused_before_anything_is_measured(tiny, planish):
+    assert planish("quantize", *tiny, "--out", "q.safetensors").status == 0
+    ended = planish("diagnose", *tiny, *FEW, "--against", "q.safetensors", "--out", "d")
+    assert ended.status == 2
+    assert "--against q.safetensors: a quantized model; give weights in float" in ended.err
+    assert not Path(".d.partial").exists()
+
+
 def test_folders_that_are_no_runs(tiny, planish, tmp_path):
     Path("empty").mkdir()
-    assert "empty/results.json: no results were written in this run yet" in planish("diagnose", "empty").err
+    assert "empty is no folder of a run: it holds no results.json" in planish("diagnose", "empty").err
     ended = planish("diagnose", "empty", "--out", "x")
     assert "leave --out, --resume and --against away" in ended.err

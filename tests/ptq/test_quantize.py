@@ -291,3 +291,8 @@ def test_what_no_pass_rounds_is_in_float_in_the_ledger_and_in_the_file(passes, s
     back = planish.load(tmp_path / "q.safetensors", trust=True)
     assert planish.ledger(back) == planish.ledger(quantized)
     assert weights_megabytes(back) == weights_megabytes(quantized)
+
+
+def test_one_tensor_is_no_calibration():
+    with pytest.raises(PlanishError, match=r"is one tensor: give batches of images, such as images\.split"):
+        quantize(tiny.conv(), torch.randn(8, 1, 8, 8))

@@ -33,6 +33,23 @@ def test_a_finished_run_is_not_overwritten(tmp_path: Path) -> None:
             RunFolder.open(tmp_path / "a", resume)
 
 
+def test_a_finished_run_has_nothing_to_resume_and_other_folders_are_no_runs(tmp_path: Path) -> None:
+    run = RunFolder.open(tmp_path / "a")
+    run.write_results({"rows": []})
+    run.finish()
+    with pytest.raises(PlanishError, match=r"a: this run is already there; .* or delete it"):
+        RunFolder.open(tmp_path / "a")
+    with pytest.raises(PlanishError, match="a: this run is finished, there is nothing to resume"):
+        RunFolder.open(tmp_path / "a", resume=True)
+    (tmp_path / "images").mkdir()
+    for resume in (False, True):
+        with pytest.raises(PlanishError, match="images: what is already there is no run") as raised:
+            RunFolder.open(tmp_path / "images", resume)
+        assert "delete" not in str(raised.value)
+    with pytest.raises(PlanishError, match=r"images is no folder of a run: it holds no results\.json"):
+        RunFolder.at(tmp_path / "images").read_results()
+
+
 def test_an_interrupted_run_needs_resume(tmp_path: Path) -> None:
     RunFolder.open(tmp_path / "a").log({"step": 1})
     with pytest.raises(PlanishError, match=r"interrupted run.*--resume.*start over"):

@@ -11,8 +11,9 @@ from typing import Any
 from rich.console import Console
 
 from planish.cli.ended import saying_what_is_kept
-from planish.cli.options import Diagnose
+from planish.cli.options import Diagnose, named
 from planish.cli.resume import check_trust, fresh_name, trusting
+from planish.deploy.checkpoint import read_head
 from planish.errors import PlanishError
 from planish.models.huggingface import is_huggingface
 from planish.recipes.config import DiagnosisConfig, ModelOptions, RunConfig, flat_dict, from_flat_dict
@@ -83,6 +84,8 @@ def _model(command: Diagnose, config: DiagnosisConfig) -> None:
     for path in command.against:
         if not path.is_file():
             raise PlanishError(f"--against {path}: no such file; give weights of the same network (planish flatten)")
+        if (head := read_head(path)) is not None and head.assignment is not None:
+            raise PlanishError(f"--against {path}: a quantized model; give weights in float (planish flatten)")
     folder = RunFolder.open(out, command.resume)
     if command.resume and (values := folder.read_config()):
         named, config = config.models.model, from_flat_dict(DiagnosisConfig, values)
@@ -114,11 +117,7 @@ def _model(command: Diagnose, config: DiagnosisConfig) -> None:
 def _named(command: Diagnose, config: DiagnosisConfig) -> ModelOptions:
     """The options of the model, whether it was named with --model or without."""
     models = replace(config.models, threads=config.models.threads or free_cores())  # a resumed one takes as many
-    if not command.network:
-        return models
-    if models.model not in (ModelOptions().model, command.network):
-        raise PlanishError(f"give either MODEL ({command.network}) or --model {models.model}, not both")
-    return replace(models, model=command.network)
+    return named(command.network, models)
 
 
 def _conclude(results: dict[str, Any], place: Path, console: Console) -> None:

@@ -28,8 +28,11 @@ def execute(command: Evaluate) -> None:
     """Measure a file, or --model with --weights, on the test images."""
     options = command.models
     check_models(options)
-    if command.file and options.weights:
-        raise PlanishError(f"give either the file {command.file} or --weights {options.weights}, not both")
+    if command.file and options.weights and not command.against:
+        raise PlanishError(
+            f"give either the file {command.file} or --weights {options.weights}, not both (with --against, --weights "
+            "are those of the network to compare with)"
+        )
     if command.task:
         check_task(command.task)
     console = make_console()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from planish.cli.ended import saying_what_is_kept
 from planish.cli.files import check_beside, check_target
-from planish.cli.options import Flatten
+from planish.cli.options import Flatten, named
 from planish.models import save_weights
 from planish.recipes.arms import ARMS, arm_settings
 from planish.recipes.check import check_models, check_record, check_training
@@ -25,6 +26,7 @@ from planish.scheme import Scheme
 
 def execute(command: Flatten) -> None:
     """Train, and write the float weights; an interrupted training goes on when the command is given again."""
+    command = replace(command, models=named(command.network, command.models), network="")
     Scheme.parse(command.scheme)
     check_models(command.models)
     check_training(command.train, command.noise)
@@ -42,6 +44,9 @@ def execute(command: Flatten) -> None:
     with stoppable() as stop:
         config = RunConfig(models=command.models, train=command.train)
         material = prepare(config, console, calibrate=False)
+        loaded = material.loaded
+        if command.noise.batch_statistics and not any(isinstance(m, _BatchNorm) for m in loaded.model.modules()):
+            say(console, f"note: {loaded.name} has no BatchNorm, so --batch-statistics changes nothing")
         now = {**flat_dict(command), **material.fingerprint()}
         kept.begin(now)
         going_on = on_main(kept.state.exists)

@@ -86,7 +86,10 @@ def _as_options(message: str) -> str:
     """An error that names the arguments of a Python call, in the words of the command line."""
     message = re.sub(r"\ballow=\('([^']*)',\)", r"--allow '\1'", message)
     message = re.sub(r"\ballow='([^']*)'", r"--allow '\1'", message)
-    return message.replace("trust=True", "--trust").replace("give num_classes=", "take a model with num_classes=")
+    head = r"give a model that was trained for \1 classes (--model, --weights)"
+    message = re.sub(r"give num_classes=(\d+) for a new head", head, message)
+    message = message.replace("leave activations=False", "leave --budget-activations away")
+    return message.replace("trust=True", "--trust").replace("output_bits", "output-bits")
 
 
 def _fail(message: str, status: int = 2) -> int:

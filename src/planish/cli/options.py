@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 from tyro.conf import Positional, UseAppendAction, arg
 
+from planish.errors import PlanishError
 from planish.recipes.config import (
     DiagnosisConfig,
     ModelOptions,
@@ -41,10 +42,25 @@ def separate(values: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(part for value in values for part in value.split(",") if part))
 
 
+def named(network: str, models: ModelOptions) -> ModelOptions:
+    """The options of the model, whether it was named with --model or without.
+
+    Raises:
+        PlanishError: it was named in both ways, differently.
+    """
+    if not network:
+        return models
+    if models.model not in (ModelOptions.model, network):
+        raise PlanishError(f"two models are named, {network} and --model {models.model}: give one")
+    return replace(models, model=network)
+
+
 @dataclass(frozen=True)
 class Flatten:
     """Train a network under the errors of its quantizer and write its clean float weights."""
 
+    network: Positional[Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]] = ""
+    """the same as --model: vit or convnet (embedded), a timm name, hf:NAME, torchvision:NAME, or file.py:function"""
     scheme: str = "w4a4"
     """the scheme whose errors are measured and imitated"""
     out: Path = Path("flat.safetensors")
@@ -63,6 +79,8 @@ class Flatten:
 class Quantize:
     """Quantize a network on a few training images, print its ledger and write it."""
 
+    network: Positional[Annotated[str, arg(metavar="MODEL", help_behavior_hint="")]] = ""
+    """the same as --model: vit or convnet (embedded), a timm name, hf:NAME, torchvision:NAME, or file.py:function"""
     scheme: str = "w4a4"
     """bits of weights and activations, such as w4a4, w4a8 or w3 (weights only)"""
     method: str = "rtn"

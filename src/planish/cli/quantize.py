@@ -12,7 +12,7 @@ from torch import nn
 
 from planish.cli.ended import saying_what_is_kept
 from planish.cli.files import check_beside, check_target
-from planish.cli.options import Quantize
+from planish.cli.options import Quantize, named
 from planish.deploy.checkpoint import save
 from planish.errors import PlanishError
 from planish.network import ledger, weights_megabytes
@@ -36,6 +36,7 @@ def execute(command: Quantize) -> None:
 
     What a method learns is kept unit by unit until the file is written.
     """
+    command = replace(command, models=named(command.network, command.models), network="")
     config = RunConfig(
         arms=("given",),
         schemes=(command.scheme,),
@@ -71,6 +72,8 @@ def _quantize(
 ) -> None:  # fmt: skip
     method, loaded = command.method, material.loaded
     passes = chosen_passes(method, command.quantize, command.models.seed)
+    if command.quantize.iterations is not None and not any(hasattr(step, "iterations") for step in passes):
+        say(console, f"note: {method} learns nothing, so --iterations changes nothing")
     if bits is not None:
         passes = with_bits(passes, bits)
 
@@ -99,7 +102,8 @@ def _quantize(
     if is_main():
         names = None if task_of(model) is FEATURES else material.classes
         save(model, command.out, protocol=protocol, classes=names)
-    say(console, f"{command.out}: {scheme} by {method}; {weights_megabytes(model):.3f} MB of weights at their bits")
+    what = scheme if bits is None else " and ".join(ledger(model).shares)
+    say(console, f"{command.out}: {what} by {method}; {weights_megabytes(model):.3f} MB of weights at their bits")
     if bits is not None:
         say(console, _spent(Budget.parse(bits.budget), loaded.model, model))
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from planish.cli.ended import saying_what_is_kept
 from planish.cli.files import check_beside, check_target
-from planish.cli.options import Train
+from planish.cli.options import Train, named
 from planish.data import load_unlabelled, make_loader
 from planish.deploy.checkpoint import save
 from planish.errors import PlanishError
@@ -23,7 +23,7 @@ from planish.qat import Method, get_method
 from planish.qat.options import changed_options, with_options
 from planish.qat.oscillation import oscillation_report
 from planish.recipes.check import check_run
-from planish.recipes.config import ModelOptions, RunConfig, flat_dict
+from planish.recipes.config import RunConfig, flat_dict
 from planish.recipes.kept import Kept, log_beside
 from planish.recipes.material import prepare, tell_replaced, watch_images
 from planish.recipes.processes import is_main, make_console, on_main
@@ -109,10 +109,7 @@ def _show(console: Console, rows: list[dict[str, Any]], oscillation: dict[str, A
 
 def _checked(command: Train) -> tuple[Train, RunConfig, Method]:
     """The command with its network and its scheme spelled as planish spells them, and the method with its options."""
-    if command.network:
-        if command.models.model not in (ModelOptions.model, command.network):
-            raise PlanishError(f"two models are named, {command.network} and --model {command.models.model}: give one")
-        command = replace(command, models=replace(command.models, model=command.network))
+    command = replace(command, models=named(command.network, command.models))
     config = check_run(
         RunConfig(
             arms=("tuned",), schemes=(command.scheme,), models=command.models, train=command.train,

@@ -211,8 +211,11 @@ def check_classes(model: nn.Module, data: ImageData) -> None:
     try:
         output = model.eval()(image if parameter is None else image.to(parameter))
     except (RuntimeError, AssertionError, ValueError) as error:
+        own = getattr(model, "planish_recipe", {}).get("source") == "file"
+        advice = "; your own model says what it takes in its attribute planish_preprocessing (docs/models.md)"
         raise PlanishError(
-            f"the model cannot take images of shape {tuple(image.shape[1:])} as {data.name} gives them: {error}"
+            f"the model cannot take images of shape {tuple(image.shape[1:])}, as they are prepared for it from "
+            f"{data.name}: {error}{advice if own else ''}"
         ) from error
     finally:
         model.train(training)

@@ -207,5 +207,8 @@ def with_settings(passes: Iterable[Pass], **settings: Any) -> list[Pass]:
 def get_method(name: str) -> Method:
     """The method called ``name``; raises :class:`PlanishError` with the names that exist."""
     if name not in METHODS:
-        raise PlanishError(f"method {name!r} is not known: choose one of {', '.join(METHODS)}")
+        raise PlanishError(
+            f"method {name!r} is not known: choose one of {', '.join(METHODS)} (those that train the quantized network "
+            "are for planish train)"
+        )
     return METHODS[name]

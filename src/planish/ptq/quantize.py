@@ -59,6 +59,8 @@ def quantize(
             method, a product that no tap covers, values that are not finite, a
             ``checkpoint_dir`` of another quantization.
     """
+    if isinstance(calibration, torch.Tensor):
+        raise PlanishError("the calibration is one tensor: give batches of images, such as images.split(64)")
     scheme = Scheme.parse(scheme)
     passes = get_method(method).passes() if isinstance(method, str) else list(method)
     device = next((p.device for p in model.parameters()), torch.device("cpu"))

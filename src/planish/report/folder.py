@@ -53,6 +53,10 @@ class RunFolder:
         if not active:
             return run
         if os.path.lexists(run.final):
+            if not any((run.final / name).is_file() for name in ("config.toml", "results.json")):
+                raise PlanishError(f"{out}: what is already there is no run; choose another folder with --out")
+            if resume:
+                raise PlanishError(f"{out}: this run is finished, there is nothing to resume")
             raise PlanishError(f"{out}: this run is already there; choose another folder with --out, or delete it")
         if resume:
             if not run.partial.is_dir():
@@ -136,6 +140,8 @@ class RunFolder:
         try:
             results = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
+            if path.parent == self.final and not self.path("config.toml").is_file():
+                raise PlanishError(f"{path.parent} is no folder of a run: it holds no results.json") from None
             raise PlanishError(f"{path}: no results were written in this run yet") from None
         except (ValueError, OSError) as error:
             raise PlanishError(f"{path}: not a readable results file ({error})") from None
