@@ -8,7 +8,7 @@ images of the embedded networks are the embedded ones: 10,000 to train on, 2,000
 Settings were chosen on networks trained without the last 10,000 training images, and on those images, never on the test
 images. The networks of small_images.py (``--networks cifar10-resnet20 --small NETWORKS``) train on 10,000 of their
 50,000 images and are measured on all test images, with the settings that were chosen on the embedded ones, but for the
-learning rate of the ViTs (``--held-out``; qat_rate.csv has them at ``--lr 0.002``). The suites "all images" and
+learning rate of the ViTs (``--held-out``; other rates are in qat_rate.csv, ``--lr``). The suites "all images" and
 "longer" train on all 50,000 (Fashion-MNIST: 60,000) instead, "longer" for twice the epochs; the scheme "float" is the
 network trained on as it is, not rounded.
 """
