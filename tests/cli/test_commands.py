@@ -185,7 +185,7 @@ def test_a_quantized_network_is_compared_with_weights_of_its_own(tiny, planish):
     assert f"(against {tiny[1]})" in ended.out
     alone = planish("evaluate", "q.safetensors", *rest, "--weights", "f.safetensors")
     assert alone.status == 2
-    assert "with --against, --weights are those of the network to compare with" in alone.err
+    assert "with --against MODEL, --weights are those of the network to compare with" in alone.err
 
 
 def test_a_model_of_ones_own_that_does_not_say_what_it_takes(tiny, planish):

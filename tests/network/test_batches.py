@@ -7,7 +7,16 @@ import torch
 from torch import nn
 
 from planish.errors import PlanishError
-from planish.network.batches import call_model, first_image, first_images, join, logits_of, split_batch, to_device
+from planish.network.batches import (
+    call_model,
+    copied,
+    first_image,
+    first_images,
+    join,
+    logits_of,
+    split_batch,
+    to_device,
+)
 
 
 class Add(nn.Module):
@@ -75,3 +84,14 @@ def test_the_first_images_come_from_as_many_batches_as_hold_them():
         first = first_images(batches, count)
         assert first["x"].tolist() == expected
         assert (first["y"] - first["x"]).tolist() == [10] * len(expected)
+
+
+def test_a_copy_has_tensors_of_its_own_and_one_stays_one():
+    x, y = torch.ones(2), torch.ones(2)
+    again = copied(((x, x, y), {"mask": None, "key": x}))
+    (a, b, c), options = again
+    assert a is b is options["key"]
+    assert a is not c
+    assert options["mask"] is None
+    a.zero_()
+    assert x.sum() == 2

@@ -8,7 +8,8 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.network import assign, detach, taps_of, watch
-from planish.ptq import Calibrate, Calibration, RefineRanges, Round, ScaleHeads, quantize
+from planish.ptq import Calibrate, Calibration, RefineRanges, Round, ScaleHeads, quantize, refine
+from tests.network.zoo import build
 from tests.ptq.test_heads import X, uneven
 from tests.ptq.test_reconstruction import images
 from tests.training import tiny
@@ -142,3 +143,17 @@ def test_images_are_taken_from_as_many_batches_as_hold_them():
     scales = [[tap.grid.scale for tap in taps.values()] for taps in (ours, one, less)]
     assert all(torch.allclose(a, b) for a, b in zip(*scales[:2], strict=True))
     assert not all(torch.allclose(a, b) for a, b in zip(*scales[1:], strict=True))
+
+
+def test_attention_with_one_product_for_queries_keys_and_values(monkeypatch):
+    """nn.MultiheadAttention has one where its three inputs are one tensor."""
+    model, example = build("torchvision_vit")
+    calls = {}
+    given = refine._first_calls
+    monkeypatch.setattr(refine, "_first_calls", lambda *args: calls.update(given(*args)) or calls)
+    quantized = quantize(model, [example], "w4a4", [Calibrate(), RefineRanges(images=2), Round()])
+    modules = [path for path, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)]
+    assert modules
+    for path in modules:
+        assert len({id(tensor) for tensor in calls[path].args[:3]}) == 1
+    assert torch.isfinite(quantized(example)).all()

@@ -28,10 +28,10 @@ def execute(command: Evaluate) -> None:
     """Measure a file, or --model with --weights, on the test images."""
     options = command.models
     check_models(options)
-    if command.file and options.weights and not command.against:
+    if command.file and options.weights and (not command.against or Path(command.against).is_file()):
         raise PlanishError(
-            f"give either the file {command.file} or --weights {options.weights}, not both (with --against, --weights "
-            "are those of the network to compare with)"
+            f"give either the file {command.file} or --weights {options.weights}, not both (with --against MODEL, "
+            "--weights are those of the network to compare with)"
         )
     if command.task:
         check_task(command.task)

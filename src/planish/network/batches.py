@@ -74,6 +74,12 @@ def cut(inputs: Any, start: int, stop: int) -> Any:
     return map_tensors(inputs, lambda tensor: tensor[start:stop])
 
 
+def copied(inputs: Any) -> Any:
+    """The inputs with a copy of each tensor; what is one tensor stays one, as attention's query and key may be."""
+    copies: dict[int, Tensor] = {}
+    return map_tensors(inputs, lambda tensor: copies.setdefault(id(tensor), tensor.clone()))
+
+
 def join(batches: Sequence[Any]) -> Any:
     """One batch of inputs out of several, for whatever nesting of tensors they are."""
     first = batches[0]

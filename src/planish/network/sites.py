@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from planish.errors import PlanishError
-from planish.network.batches import call_model, map_tensors, tensors_of
+from planish.network.batches import call_model, copied, tensors_of
 from planish.network.modes import evaluating
 from planish.network.products import Call, ProductMode, prepares_weights
 
@@ -233,7 +233,9 @@ def watch(model: nn.Module, example: Any) -> Watched:
             f"the model {type(model).__name__} has taps already: watch (or quantize) the model that it was made from, "
             f"or take them off with planish.network.detach"
         )
-    recorder, looked_at = _Recorder(model), _copied(example)
+    recorder = _Recorder(model)
+    with torch.inference_mode(False):  # outside it tensors count how often they are changed in place
+        looked_at = copied(example)
     try:
         # inside inference mode PyTorch does not break composite functions up into what the meter counts
         undisturbed = torch.inference_mode(False), torch.no_grad(), evaluating(model)
@@ -258,13 +260,6 @@ def watch(model: nn.Module, example: Any) -> Watched:
     for product in products + unreachable:
         product.macs = -(-product.macs // batch)  # rounded up: what is computed from parameters alone must not vanish
     return Watched(products, unreachable, batch)
-
-
-def _copied(example: Any) -> Any:
-    """The example, with a copy of each of its tensors; a copy counts how often it is changed in place."""
-    copies: dict[int, Tensor] = {}  # what is one tensor stays one: attention looks whether query and key are
-    with torch.inference_mode(False):
-        return map_tensors(example, lambda tensor: copies.setdefault(id(tensor), tensor.clone()))
 
 
 def _join(path: str, slot: str) -> str:

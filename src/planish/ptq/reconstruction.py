@@ -141,7 +141,7 @@ class Reconstruct(Settings):
             flow.advance(index, data)
 
     def _fixed(self, calibration: Calibration, flow: Flow) -> set[str]:
-        """The names of the weights that stay as they were rounded, with a note for each.
+        """The names of the weights that stay as they were rounded, with a note for each reason.
 
         What one unit learns of a weight that others read as well would be wrong for them, and a weight with a scale for
         each group of its inputs has no learner.
@@ -154,16 +154,18 @@ class Reconstruct(Settings):
                 if product.name in unit.products:
                     for site in product.sites:
                         readers[site.name].add(index)
-        fixed = set()
+        fixed: dict[str, list[str]] = defaultdict(list)
         for site, fmt in plan.quantized():
             if site.parameter and fmt.bits < 8:
                 shared = holders[id(model.get_submodule(site.owner)._parameters[site.slot])] > 1
                 why = "has a scale for each group of its inputs" if fmt.granularity == "group" else ""
                 why = "is shared by several layers" if shared or len(readers[site.name]) > 1 else why
                 if why:
-                    calibration.note(self.name, f"{site.name} {why}: it stays as it was rounded")
-                    fixed.add(site.name)
-        return fixed
+                    fixed[why].append(site.name)
+        for why, names in fixed.items():
+            others = f", and so do {len(names) - 1} others" if len(names) > 1 else ""
+            calibration.note(self.name, f"{names[0]} {why}: it stays as it was rounded{others}")
+        return {name for names in fixed.values() for name in names}
 
     def _estimate(self, calibration: Calibration, flow: Flow, share: float) -> None:
         """Say, before it starts, about how long it will take and how much the caches hold."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network import Site, taps_of
-from planish.network.batches import call_model, first_images, map_tensors
+from planish.network.batches import call_model, copied, first_images
 from planish.network.units import first_tensor
 from planish.ptq.outputs import keep_float
 from planish.ptq.passes import Calibration
@@ -97,7 +97,8 @@ class _Call:
 
     def error(self, module: nn.Module) -> float:
         """The squared error of the module's output now."""
-        found = first_tensor(module(*_copy(self.args), **_copy(self.kwargs)))  # it may work in place on them
+        args, kwargs = copied((self.args, self.kwargs))  # the module may work in place on them
+        found = first_tensor(module(*args, **kwargs))
         assert found is not None
         return float((found - self.output).square().sum())
 
@@ -114,7 +115,7 @@ def _first_calls(model: nn.Module, batches: list[Any], paths: list[str], images:
 
         def enter(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
             if path not in entered:
-                entered[path] = _copy(args), _copy(kwargs)
+                entered[path] = copied((args, kwargs))
 
         def leave(module: nn.Module, args: Any, output: Any, path: str = path) -> None:
             tensor = first_tensor(output)
@@ -129,10 +130,6 @@ def _first_calls(model: nn.Module, batches: list[Any], paths: list[str], images:
         for handle in handles:
             handle.remove()
     return found
-
-
-def _copy(inputs: Any) -> Any:
-    return map_tensors(inputs, Tensor.clone)
 
 
 class _silent:
