@@ -39,7 +39,7 @@ def test_refused_in_one_sentence(planish, quantized, shared, tmp_path):
     cases = [
         ([], "--overwrite"), (["--overwrite", "--layout", "tiny"], "layout is 'tiny'"),
         (["--overwrite", "--constants", "double"], "constants is 'double'"),
-        (["--overwrite", "--output-bits", 4], "output_bits is 4"), (["--overwrite", "--images", 0], "give 1 or more"),
+        (["--overwrite", "--output-bits", 4], "output-bits is 4"), (["--overwrite", "--images", 0], "give 1 or more"),
     ]  # fmt: skip
     for more, words in cases:
         ended = call(planish, quantized, shared, "--out", out, *more)
