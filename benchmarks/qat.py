@@ -9,8 +9,7 @@ Settings were chosen on networks trained without the last 10,000 training images
 images. The networks of small_images.py (``--networks cifar10-resnet20 --small NETWORKS``) train on 10,000 of their
 50,000 images and are measured on all test images, with the settings that were chosen on the embedded ones, but for the
 learning rate of the ViTs (``--held-out``; other rates are in qat_rate.csv, ``--lr``). The suites "all images" and
-"longer" train on all 50,000 (Fashion-MNIST: 60,000) instead, "longer" for twice the epochs; the scheme "float" is the
-network trained on as it is, not rounded.
+"longer" train on all 50,000 (Fashion-MNIST: 60,000) instead, "longer" for twice the epochs.
 """
 
 from __future__ import annotations
@@ -91,8 +90,7 @@ def suites() -> dict[str, list[Arm]]:
         Arm("tuned, rtn", start="tuned"),
         *(Arm(m, get_method(m)) for m in ("lsq", "kd", "fpq", "mec")),
     ]
-    longer = [Arm("tuned", start="tuned", schemes=("float",), times=2)]
-    longer += [Arm(m, get_method(m), schemes=("w4a4",), times=2) for m in ("kd", "fpq")]
+    longer = [Arm("fpq", get_method("fpq"), schemes=("w4a4",), times=2)]
     return {"methods": methods, "starts": starts, "ablations": ablations, ALL_IMAGES: every, LONGER: longer}
 
 
@@ -138,9 +136,6 @@ class Study:
             unlabelled = self.loader(Subset(self.data.train, rest))
         subset = calibration_subset(self.data.train, self.data.train_labels, 512, self.seed)
         calibration = make_loader(subset, self.args.batch_size, shuffle=False, seed=0)
-        if scheme == "float":  # BatchNorm as in the arms that train the quantized network
-            settings = plain(replace(training, freeze_batchnorm=False), averaging=arm.averaging)
-            return flatten(given, loader, settings=settings)
         if arm.method is None:
             settings = {
                 "tuned": plain(training, averaging=arm.averaging),
@@ -175,7 +170,7 @@ class Study:
         return {
             "network": self.name, "checkpoint": self.loaded.weights_hash, "fp_top1": round(self.fp_top1, 5),
             "suite": suite,
-            "arm": arm.name, "method": method.name if method else "" if scheme == "float" else "rtn",
+            "arm": arm.name, "method": method.name if method else "rtn",
             "options": " ".join(f"{k}={v}" for k, v in options.items()), "start": arm.start, "scheme": scheme,
             "seed": self.seed, **{k: round(worth[k], 5) for k in ("top1", "nll", "ece", "flip_rate")},
             "epochs": arm.times * self.args.epochs, "lr": self.lr or "default", "averaging": arm.averaging,
@@ -216,7 +211,7 @@ def summary(path: Path) -> str:
     lines = []
     for suite, network in dict.fromkeys(key[:2] for key in cells):
         mine = [key for key in cells if key[:2] == (suite, network)]
-        schemes = [s for s in ("float", "w4a4", "w2a4", "w2a2") if any(key[3] == s for key in mine)]
+        schemes = [s for s in ("w4a4", "w2a4", "w2a2") if any(key[3] == s for key in mine)]
         lines += scheme_table(
             f"{network}, {suite} (float {float_top1[network]})", schemes, dict.fromkeys(key[2] for key in mine),
             lambda arm, s, suite=suite, network=network: cells.get((suite, network, arm, s), []),
@@ -229,7 +224,7 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", default=["convnet", "vit"])
     parser.add_argument("--suite", nargs="+", default=["methods"], choices=list(suites()))
     parser.add_argument("--arms", nargs="+", help="only these")
-    parser.add_argument("--schemes", nargs="+", default=["w2a2", "w4a4", "w2a4", "float"])
+    parser.add_argument("--schemes", nargs="+", default=["w2a2", "w4a4", "w2a4"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--lr", type=float, help="peak learning rate; rows do not go by it: give another --out")

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from planish.network import taps_of, watch
-from planish.network.batches import call_model, first_image, logits_of
-from planish.ptq.sensitivity import batch_size, every_nth, fisher_losses, measured_losses
+from planish.network.batches import call_model, first_image, logits_of, size_of
+from planish.ptq.sensitivity import every_nth, fisher_losses, measured_losses
 from planish.quantizers import UniformQuantizer
 from planish.scheme import Format
 from planish.task import CLASSES
@@ -119,7 +119,7 @@ class _Coarse(nn.Module):
 def test_images_are_taken_evenly():
     batches = [torch.arange(10), torch.arange(10, 12), torch.arange(12, 25)]
     assert [b.tolist() for b in every_nth(batches, 7)] == [[0, 4, 8], [12, 16, 20, 24]]
-    assert sum(map(batch_size, every_nth(batches, 100))) == 25
+    assert sum(map(size_of, every_nth(batches, 100))) == 25
     for images in range(1, 26):
         flat = torch.cat(every_nth(batches, images))
         assert len(flat) <= images

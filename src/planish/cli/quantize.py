@@ -90,7 +90,8 @@ def _quantize(
         )  # fmt: skip
         work.end()
     console.print()
-    console.print(str(ledger(model)), markup=False, highlight=False, no_wrap=True, crop=False, overflow="ignore")
+    table = ledger(model)
+    console.print(str(table), markup=False, highlight=False, no_wrap=True, crop=False, overflow="ignore")
     console.print()
     protocol = {
         "model": loaded.name, "checkpoint": loaded.weights_hash, "data": material.data.name, "method": method,
@@ -102,7 +103,7 @@ def _quantize(
     if is_main():
         names = None if task_of(model) is FEATURES else material.classes
         save(model, command.out, protocol=protocol, classes=names)
-    what = scheme if bits is None else " and ".join(ledger(model).shares)
+    what = scheme if bits is None else " and ".join(table.shares)
     say(console, f"{command.out}: {what} by {method}; {weights_megabytes(model):.3f} MB of weights at their bits")
     if bits is not None:
         say(console, _spent(Budget.parse(bits.budget), loaded.model, model))

@@ -92,14 +92,13 @@ def multi_head_attention_forward(
         raise NotImplementedError("multi-head attention with static_k or static_v: leave this module in float (allow=)")
     batched = query.dim() == 3
     weight: Any = (q_proj_weight, k_proj_weight, v_proj_weight) if use_separate_proj_weight else in_proj_weight
-    if not batched and query is key and key is value:
-        query = key = value = query.unsqueeze(1)
-    elif not batched:
-        query, key, value = (t.unsqueeze(1) for t in (query, key, value))
-    if not batched and key_padding_mask is not None:
-        key_padding_mask = key_padding_mask.unsqueeze(0)
-    length, batch, width = query.shape
-    q, k, v = _project((query, key, value), weight, in_proj_bias, linear)
+    one = query is key and key is value and not use_separate_proj_weight
+    inputs: tuple[Tensor, ...] = (query,) if one else (query, key, value)
+    if not batched:
+        inputs = tuple(t.unsqueeze(1) for t in inputs)
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
+    length, batch, width = inputs[0].shape
+    q, k, v = _project(inputs, weight, in_proj_bias, linear)
     if bias_k is not None and bias_v is not None:
         k, v = torch.cat([k, bias_k.expand(1, batch, -1)]), torch.cat([v, bias_v.expand(1, batch, -1)])
         attn_mask, key_padding_mask = _one_more(attn_mask), _one_more(key_padding_mask)
@@ -124,14 +123,10 @@ def multi_head_attention_forward(
     return (out if batched else out.squeeze(1)), shown
 
 
-def _project(
-    inputs: tuple[Tensor, Tensor, Tensor], weight: Tensor | tuple[Tensor, Tensor, Tensor], bias: Tensor | None,
-    linear: Linear,
-) -> Sequence[Tensor]:  # fmt: skip
-    """Queries, keys and values; self-attention with one weight for the three has one product, as in PyTorch."""
-    query, key, value = inputs
-    if isinstance(weight, Tensor) and query is key and key is value:
-        return linear(query, weight, bias).chunk(3, -1)
+def _project(inputs: Sequence[Tensor], weight: Any, bias: Tensor | None, linear: Linear) -> Sequence[Tensor]:
+    """Queries, keys and values; of one input, with one weight for the three, in one product, as in PyTorch."""
+    if len(inputs) == 1:
+        return linear(inputs[0], weight, bias).chunk(3, -1)
     weights = weight.chunk(3) if isinstance(weight, Tensor) else weight
     biases = (None,) * 3 if bias is None else bias.chunk(3)
     return [linear(t, w, b) for t, w, b in zip(inputs, weights, biases, strict=True)]

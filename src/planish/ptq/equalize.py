@@ -104,7 +104,7 @@ class Equalize:
                 "equalize changes the ranges of weights and activations, but some of them are set: "
                 "put it before Calibrate and Round in the list of passes"
             )
-        calibration.float_twin = None
+        calibration.float_changes()
         found = find_chains(model, first_image(batch))
         chains = [chain for chain in found if not chain.clipped]
         saved = _Saved(model, chains)

@@ -60,4 +60,4 @@ def require_float(calibration: Calibration, name: str) -> None:
     """
     if next(taps_of(calibration.model), None) is not None:
         raise PlanishError(f"{name} changes the network in float: put it before the passes that quantize anything")
-    calibration.float_twin = None
+    calibration.float_changes()

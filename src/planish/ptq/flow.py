@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from planish.network.batches import call_model, logits_of, map_tensors, tensors_of
+from planish.network.batches import call_model, logits_of, map_tensors, size_of, tensors_of
 from planish.network.units import Unit, first_tensor
 from planish.ptq.shelf import Shelf
 from planish.task import task_of
@@ -92,7 +92,7 @@ class Flow:
     outputs: dict[str, Tensor] = field(default_factory=dict)  # of that link: "student", "teacher"
 
     def __post_init__(self) -> None:
-        self.sizes = [batch_size(batch) for batch in self.batches]
+        self.sizes = [size_of(batch) for batch in self.batches]
         self.images, self.device = sum(self.sizes), _device(self.batches[0])
 
     def data(self, index: int) -> UnitData | None:
@@ -252,11 +252,6 @@ class Suffix:
         if self.last == path or self.last.startswith(path + "."):
             return self.logits(output)
         return self.flow.features(output, self.index, self.last)
-
-
-def batch_size(inputs: Any) -> int:
-    """Images in a batch."""
-    return len(tensors_of(inputs)[0])
 
 
 def _device(inputs: Any) -> torch.device:

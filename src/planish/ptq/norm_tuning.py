@@ -85,7 +85,7 @@ class PrepareNorms(Tuning):
         model = calibration.model
         if any(True for _ in taps_of(model)):
             raise PlanishError("prepare-norms works on the float network: put it first in the list of passes")
-        calibration.float_twin = None
+        calibration.float_changes()
         trial, pairs = rounded_copy(calibration)
         layers = [layer for layer in layers_of(trial) if layer.path in pairs]
         affines = Affines(norm_parameters(trial.model, but=pairs.values()), layers)

@@ -84,11 +84,16 @@ def _without_taps(model: nn.Module) -> nn.Module:
     return twin
 
 
+def count_holders(model: nn.Module) -> Counter[int]:
+    """How many modules hold a parameter as their own, by its id: more than one where it is shared."""
+    return Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+
+
 def layers_of(calibration: Calibration) -> list[Layer]:
     """The quantized layers in the order of execution, those in which a module multiplies with its own weight."""
     model, plan = calibration.model, calibration.assignment
     taps = dict(taps_of(model))
-    holders = Counter(id(p) for m in model.modules() for p in m._parameters.values() if p is not None)
+    holders = count_holders(model)
     quantized = {site.name for site, _ in plan.quantized()}
     layers = []
     for product in plan.products:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planish.errors import PlanishError
-from planish.network import Assignment, Product, Site, assign, attach, detach, watch
+from planish.network import Assignment, Product, Site, assign, attach, detach, taps_of, watch
 from planish.network.batches import call_model, first_image, logits_of
 from planish.ptq.journal import Journal
 from planish.scheme import Scheme
@@ -52,6 +52,11 @@ class Calibration:
     def note(self, name: str, text: str) -> None:
         """Leave a line in the log: what the pass ``name`` did otherwise than its name says."""
         self.record(event="note", **{"pass": name}, text=text)
+
+    def float_changes(self) -> None:
+        """A pass changes the network in float: what was kept of it is let go. Once anything is quantized it stays."""
+        if next(taps_of(self.model), None) is None:
+            self.float_twin = None
 
     def plan_anew(self, scheme: Scheme | None = None) -> None:
         """Watch the model again and assign formats: after its structure or its scheme has changed. Taps are removed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 from planish.errors import PlanishError
-from planish.network.batches import first_image, map_tensors, tensors_of
+from planish.network.batches import first_image, map_tensors, size_of, tensors_of
 from planish.network.units import LAYERS, find_units, join_units
 from planish.ptq.cutmix import cutmix
-from planish.ptq.flow import Flow, Suffix, batch_size
+from planish.ptq.flow import Flow, Suffix
 from planish.ptq.learners import Learner, get_learner
 from planish.ptq.objectives import check_objective, make_objective
-from planish.ptq.outputs import keep_float
+from planish.ptq.outputs import count_holders, keep_float
 from planish.ptq.passes import Calibration
 from planish.ptq.precision import check_precision
 from planish.ptq.shelf import Shelf
@@ -97,9 +97,9 @@ class Reconstruct(Settings):
     def _mixed(self, batches: list[Any]) -> list[Any]:
         """The mixed images: so many of the given batches, and of the last one its first images."""
         generator = torch.Generator().manual_seed(self.seed)
-        left, mixed = round(self.cutmix * sum(batch_size(batch) for batch in batches)), []
+        left, mixed = round(self.cutmix * sum(size_of(batch) for batch in batches)), []
         for batch in batches:
-            count = min(left, batch_size(batch))
+            count = min(left, size_of(batch))
             if count:
                 mixed.append(map_tensors(batch, lambda t, n=count: cutmix(t, generator)[:n]))  # type: ignore[misc]
             left -= count
@@ -147,7 +147,7 @@ class Reconstruct(Settings):
         each group of its inputs has no learner.
         """
         model, plan = calibration.model, calibration.assignment
-        holders = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+        holders = count_holders(model)
         readers: dict[str, set[int]] = defaultdict(set)
         for index, unit in enumerate(flow.units):
             for product in plan.products:

@@ -17,10 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from planish.errors import PlanishError
-from planish.network.batches import first_image
+from planish.network.batches import first_image, size_of
 from planish.network.mlps import MLP, find_mlps, put_relu
 from planish.ptq.exactness import require_float
-from planish.ptq.flow import batch_size
 from planish.ptq.layers import LayerCall
 from planish.ptq.passes import Calibration
 from planish.ptq.ridge import moments
@@ -176,7 +175,7 @@ class ReplaceGELU:
         model, twin = trial.model, copy.deepcopy(trial.model)
         put_relu(model, paths=[mlp.gelu for mlp in mlps])
         of_site = {f"{mlp.first}.weight": mlp for mlp in mlps}
-        size = max(1, batch_size(trial.batches[0]))
+        size = max(1, size_of(trial.batches[0]))
         parts = [fit[rows].inputs for rows in torch.arange(len(fit)).split(size)]
 
         def decide(site: str, calls: Iterable[tuple[LayerCall, ...]]) -> None:

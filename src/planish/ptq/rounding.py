@@ -24,8 +24,7 @@ class FoldBatchNorm:
 
     def __call__(self, calibration: Calibration) -> None:
         fold_batchnorm(calibration.model, calibration.batches[0])
-        if next(taps_of(calibration.model), None) is None:
-            calibration.float_twin = None  # one that was kept has other layers
+        calibration.float_changes()
 
 
 class Calibrate:

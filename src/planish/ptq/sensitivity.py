@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from planish.network import Product, attach, detach
-from planish.network.batches import call_model, cut, logits_of, map_tensors
+from planish.network.batches import call_model, cut, logits_of, map_tensors, size_of
 from planish.ptq.passes import run_logits
 from planish.task import task_of
 
@@ -25,21 +25,14 @@ Quantizers = Mapping[str, nn.Module]  # by the name of the site
 
 def every_nth(batches: Sequence[Any], images: int) -> list[Any]:
     """At most ``images`` images of the batches, taken evenly from all of them."""
-    step = -(-sum(batch_size(batch) for batch in batches) // images)
+    step = -(-sum(size_of(batch) for batch in batches) // images)
     taken, start = [], 0
     for batch in batches:
-        size = batch_size(batch)
+        size = size_of(batch)
         if start < size:
             taken.append(map_tensors(batch, lambda tensor, start=start: tensor[start::step]))  # type: ignore[misc]
         start = (start - size) % step
     return taken
-
-
-def batch_size(batch: Any) -> int:
-    """Images in a batch of inputs."""
-    sizes: list[int] = []
-    map_tensors(batch, lambda tensor: sizes.append(len(tensor)))  # type: ignore[arg-type,return-value]
-    return sizes[0]
 
 
 class Switch(nn.Module):
@@ -179,7 +172,7 @@ def fisher_losses(
     count = 0
     with _probing(model, products, quantizers) as probes, torch.enable_grad():
         for batch in batches:
-            for start in range(0, batch_size(batch), images):
+            for start in range(0, size_of(batch), images):
                 part = cut(batch, start, start + images)
                 for _ in range(draws):
                     outputs = logits_of(call_model(model, part)).float()

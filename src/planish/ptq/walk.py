@@ -21,10 +21,10 @@ from torch.overrides import TorchFunctionMode
 
 from planish.errors import PlanishError
 from planish.network import Product, Site, attach, detach
-from planish.network.batches import call_model, first_image
+from planish.network.batches import call_model, first_image, size_of
 from planish.network.taps import taps_of
 from planish.network.units import Unit, find_units, first_tensor
-from planish.ptq.flow import batch_size, returning
+from planish.ptq.flow import returning
 from planish.ptq.layers import LayerCall, layer_arguments
 from planish.ptq.shelf import Shelf
 
@@ -85,7 +85,7 @@ class _Walk:
     cached: list[Tensor] = field(default_factory=list)  # for each network, a row an image
 
     def __post_init__(self) -> None:
-        sizes = [batch_size(batch) for batch in self.batches]
+        sizes = [size_of(batch) for batch in self.batches]
         self.rows = [slice(sum(sizes[:i]), sum(sizes[: i + 1])) for i in range(len(sizes))]
 
     def reach(self, network: int, batch: int) -> LayerCall | None:

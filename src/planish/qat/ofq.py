@@ -21,7 +21,7 @@ from planish.scheme import Scheme
 from planish.training import Ingredient, TrainingSettings
 
 
-def _recipe(scheme: str, batch_size: int, lr: float, weight_decay: float, warmup: int, mixup: str = "") -> Recipe:
+def _recipe(batch_size: int, lr: float, weight_decay: float, warmup: int, mixup: str = "") -> Recipe:
     """A recipe of the authors' code (commit 7ed37d1) for ImageNet, from trained weights, in float32.
 
     Theirs are 300 epochs down to a learning rate of 1e-5, and 30 more with it for the annealing. Here annealing is the
@@ -33,15 +33,15 @@ def _recipe(scheme: str, batch_size: int, lr: float, weight_decay: float, warmup
         freeze_batchnorm=False,
     )  # fmt: skip
     besides = ", ".join(filter(None, ["RandAugment", "random erasing", mixup, "no average of the weights"]))
-    return Recipe(scheme, batch_size, training, {"per_token": True, "annealing": annealing / epochs}, besides)
+    return Recipe(batch_size, training, {"per_token": True, "annealing": annealing / epochs}, besides)
 
 
 RECIPES = {
-    "DeiT-T": _recipe("w2a2, w3a3, w4a4", 560, 5.47e-4, 0.05, 5),
-    "DeiT-S at w2a2": _recipe("w2a2", 560, 5.47e-4, 0.05, 5),
-    "DeiT-S": _recipe("w3a3, w4a4", 800, 3.2e-4, 0.0, 0, "mixup, CutMix, each image three times"),
-    "Swin-T at w2a2": _recipe("w2a2", 512, 5e-4, 0.05, 5),
-    "Swin-T": _recipe("w3a3, w4a4", 512, 2e-4, 0.0, 0, "mixup, CutMix"),
+    "DeiT-T": _recipe(560, 5.47e-4, 0.05, 5),
+    "DeiT-S at w2a2": _recipe(560, 5.47e-4, 0.05, 5),
+    "DeiT-S": _recipe(800, 3.2e-4, 0.0, 0, "mixup, CutMix, each image three times"),
+    "Swin-T at w2a2": _recipe(512, 5e-4, 0.05, 5),
+    "Swin-T": _recipe(512, 2e-4, 0.0, 0, "mixup, CutMix"),
 }
 
 

@@ -15,14 +15,12 @@ class Recipe:
     """One training as it was published.
 
     Attributes:
-        scheme: for which it was published; several are separated by commas.
         batch_size: images in a batch, of all devices together.
         training: epochs, optimizer, learning rate and what else the loop knows.
         options: of the method, where they are not its defaults.
         besides: what was done that planish has no setting for.
     """
 
-    scheme: str
     batch_size: int
     training: TrainingSettings
     options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
