@@ -51,6 +51,8 @@ from planish.ptq.repq import RepQ
 from planish.ptq.ridge import RidgeCorrection
 from planish.ptq.rotate import Rotate
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
+from planish.ptq.rows import ScaleRows
+from planish.ptq.smoothing import SmoothHidden
 from planish.ptq.splitting import SplitOutliers
 from planish.ptq.statistics import MatchStatistics
 
@@ -60,7 +62,8 @@ SCHEMES = ("w8a8", "w6a6", "w4a4", "w3a3", "w2a4", "w2a2")
 FOLD = FoldBatchNorm()
 BEFORE: dict[str, list[Pass]] = {  # up to where ranges are set
     "prepared norms": [PrepareNorms(), FOLD], "rotation": [Rotate(), FOLD], "repq": [RepQ(), FOLD],
-    "heads and outliers apart": [ScaleHeads(), SplitOutliers(), FOLD], "relu": [ReplaceGELU(), FOLD],
+    "rows scaled": [ScaleRows(), FOLD], "heads scaled": [ScaleHeads(), FOLD], "outliers split": [SplitOutliers(), FOLD],
+    "hidden channels smoothed": [SmoothHidden(), FOLD], "relu": [ReplaceGELU(), FOLD],
     "equalization": [FOLD, Equalize()],
 }  # fmt: skip
 ROUNDED: dict[str, list[Pass]] = {

@@ -1,7 +1,9 @@
-"""What an iteration of a block's reconstruction costs here, in Brevitas and in MCT, and the error that is left.
+r"""What an iteration of a block's reconstruction costs here, in Brevitas and in MCT, and the error that is left.
 
     PYTHONPATH=src BREVITAS/bin/python benchmarks/reconstruction_step.py --arms planish planish-dropping brevitas
     PYTHONPATH=src MCT/bin/python benchmarks/reconstruction_step.py --arms planish planish-dropping mct
+    PYTHONPATH=src BREVITAS/bin/python benchmarks/reconstruction_step.py --lengths 8 16 32 64 120 240 440 880 \
+        --arms planish-dropping planish-straight brevitas      # -> reconstruction_time.csv, and the same with mct
 
 BREVITAS and MCT are the environments that ``tools/compare.py`` makes (and accelerate and torchmetrics). One residual
 block of two 3 x 3 convolutions (16 channels at 28 x 28) between a stem and a 1 x 1 convolution with 8 bits, 512 images,
@@ -11,6 +13,9 @@ single layers), MCT's gradient-based quantization (the whole network at once). A
 many) minus (the time of few), divided by the difference, so that caches and calibration drop out; the arms take turns
 in one process. The error is that of the network's output, as a share of its variance. Memory is what the highest
 resident size of a process of its own grows by.
+
+With ``--lengths`` every arm runs for so many iterations each, with several seeds, and what is written is the error that
+is left and the processor time: that of the whole call, and without what the shortest one takes.
 """
 
 from __future__ import annotations
@@ -63,7 +68,8 @@ def ours(learner: str, drop: float) -> Callable[..., nn.Module]:
     """A way of planish."""
 
     def run(model: nn.Module, batches: list[Tensor], bits: int, iterations: int, batch: int) -> nn.Module:
-        step = Reconstruct(learner=learner, drop=drop, iterations=iterations, batch=batch)
+        seed = torch.initial_seed()  # of the process, as for the other arms
+        step = Reconstruct(learner=learner, drop=drop, iterations=iterations, batch=batch, seed=seed)
         return quantize(model, batches, f"w{bits}a{bits}", [Calibrate(), Round(), step])
 
     return run
@@ -97,7 +103,8 @@ def mct(model: nn.Module, batches: list[Tensor], bits: int, iterations: int, bat
 
 
 ARMS: dict[str, Callable[..., nn.Module]] = {
-    "planish": ours("adaround", 0.0), "planish-dropping": ours("genie", 0.5), "brevitas": brevitas, "mct": mct,
+    "planish": ours("adaround", 0.0), "planish-dropping": ours("genie", 0.5), "planish-straight": ours("ste", 0.0),
+    "brevitas": brevitas, "mct": mct,
 }  # fmt: skip
 PACKAGES = {"brevitas": "brevitas", "mct": "model_compression_toolkit"}
 
@@ -131,6 +138,33 @@ def left(quantized: nn.Module, model: nn.Module, batches: list[Tensor]) -> float
     return float((exact - rounded).square().mean() / exact.var())
 
 
+def by_length(args: argparse.Namespace) -> None:
+    """Error and time of every arm for every number of iterations."""
+    model, batches = material(args)
+    for arm in args.arms:  # what is slow the first time
+        ARMS[arm](model, batches, args.bits, 8, args.batch)
+    out = args.out.with_name("reconstruction_time.csv")
+    beside = next((PACKAGES[arm] for arm in args.arms if arm in PACKAGES), "")
+    rows = [row for row in csv.DictReader(out.open()) if row["beside"] != beside] if out.exists() else []
+    for seed in range(args.repeats):
+        shortest: dict[str, float] = {}
+        for length in sorted(args.lengths):
+            for arm in args.arms:
+                torch.manual_seed(seed)
+                began = time.process_time()
+                quantized = ARMS[arm](model, batches, args.bits, length, args.batch)
+                seconds = time.process_time() - began
+                learning = seconds - shortest.setdefault(arm, seconds)
+                rows.append({
+                    "beside": beside, "arm": arm, "iterations": str(length), "seed": str(seed),
+                    "error_left": f"{left(quantized, model, batches):.5f}", "seconds": f"{seconds:.2f}",
+                    "seconds_beyond_shortest": f"{learning:.2f}", "bits": str(args.bits), "width": str(args.width),
+                    "batch": str(args.batch), "threads": str(args.threads),
+                })  # fmt: skip
+                print(*rows[-1].values(), flush=True)
+    write_rows(out, rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=["planish", "planish-dropping", "brevitas"], choices=list(ARMS))
@@ -138,11 +172,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=16)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--iterations", type=int, nargs=2, default=[40, 240])
+    parser.add_argument("--lengths", type=int, nargs="+", help="numbers of iterations whose errors are compared")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_suffix(".csv"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    if args.lengths:
+        by_length(args)
+        return
     model, batches = material(args)
     few, many = args.iterations
     times: dict[str, list[float]] = {arm: [] for arm in args.arms}

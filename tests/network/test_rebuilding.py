@@ -1,11 +1,16 @@
 """Changes of structure by name: noted in the network, and made again from the notes."""
 
 import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+import planish
 from planish.errors import PlanishError
 from planish.network import reparameterize_query_key
 from planish.network.rebuilding import rebuild, rebuilder, rebuilt
@@ -58,3 +63,13 @@ def test_attention_is_rebuilt_by_its_note():
 def test_an_unknown_name_is_refused():
     with pytest.raises(PlanishError, match=r"by 'later', which this planish does not know; it knows .*query-key"):
         rebuild(network(), [{"name": "later", "arguments": {}}])
+
+
+def test_whoever_reads_files_knows_every_change():
+    """In a process of its own that imports nothing but what opens a file, as `planish export` does."""
+    sources = [path.read_text() for path in Path(planish.__file__).parent.rglob("*.py")]
+    names = {name for text in sources for name in re.findall(r'^@rebuilder\("([^"]+)"\)', text, re.MULTILINE)}
+    assert {"rms-norm", "scale-rows", "smooth-hidden", "split-outliers"} <= names
+    code = "import planish.deploy.checkpoint, planish.network.rebuilding as r; print(*r._REBUILDERS)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert names <= set(found.stdout.split())

@@ -8,10 +8,11 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.network import taps_of
+from planish.network.hidden import Parts, put_parts
 from planish.ptq import Calibrate, Round, SplitOutliers, quantize
 from planish.ptq.passes import run_logits
 from planish.ptq.rotate import Rotate
-from planish.ptq.splitting import MOST, Parts, put_parts
+from planish.ptq.splitting import MOST
 from tests.ptq.answers import same_answers
 from tests.ptq.test_repq import X, vit, work_on
 

@@ -20,6 +20,19 @@ Linear = Callable[[Tensor, Any, Any], Tensor]
 QK, AV = ("attention_qk", ("query", "key")), ("attention_av", ("probabilities", "value"))
 
 
+def mix_values(probabilities: Tensor, value: Tensor, product: Product, by_row: bool) -> Tensor:
+    """The product of the softmax output (..., L, S) with the values (..., S, Ev).
+
+    With ``by_row`` the product sees every row divided by its largest value, with which its result is multiplied. The
+    largest value counts as a constant in the backward pass: what it divides and what it multiplies cancel.
+    """
+    if not by_row:
+        return product(*AV, probabilities, value)
+    # a row of zeros, as dropout or a mask may leave it, stays one
+    peak = probabilities.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(probabilities.dtype).tiny)
+    return product(*AV, probabilities / peak, value) * peak
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -31,10 +44,11 @@ def scaled_dot_product_attention(
     enable_gqa: bool = False,
     *,
     product: Product,
+    by_row: bool = False,
 ) -> Tensor:
     """``softmax(q k^T * scale + mask) v`` as :func:`torch.nn.functional.scaled_dot_product_attention` defines it.
 
-    ``query`` is ``(..., L, E)``, ``key`` ``(..., S, E)``, ``value`` ``(..., S, Ev)``.
+    ``query`` is ``(..., L, E)``, ``key`` ``(..., S, E)``, ``value`` ``(..., S, Ev)``; ``by_row``: :func:`mix_values`.
     """
     if enable_gqa:
         repeats = query.size(-3) // key.size(-3)
@@ -50,7 +64,7 @@ def scaled_dot_product_attention(
     probabilities = logits.softmax(-1) if attn_mask is None else torch.ops.aten._safe_softmax(logits, -1)
     if dropout_p > 0:
         probabilities = F.dropout(probabilities, dropout_p)
-    return product(*AV, probabilities, value)
+    return mix_values(probabilities, value, product, by_row)
 
 
 def multi_head_attention_forward(
@@ -82,11 +96,13 @@ def multi_head_attention_forward(
     *,
     product: Product,
     linear: Linear = F.linear,
+    by_row: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """``F.multi_head_attention_forward`` (what :class:`torch.nn.MultiheadAttention` calls), sequence first.
 
     Shapes as in PyTorch: ``query`` is ``(L, N, E)`` or ``(L, E)``. Returns the output and, with ``need_weights``, the
-    attention weights. ``linear`` computes the projections. ``static_k`` and ``static_v`` are not supported.
+    attention weights. ``linear`` computes the projections; ``by_row``: :func:`mix_values`. ``static_k`` and
+    ``static_v`` are not supported.
     """
     if static_k is not None or static_v is not None:
         raise NotImplementedError("multi-head attention with static_k or static_v: leave this module in float (allow=)")
@@ -114,7 +130,7 @@ def multi_head_attention_forward(
     # without weights to show PyTorch takes the fused kernels here, too
     weights = logits.softmax(-1) if bias is None or need_weights else torch.ops.aten._safe_softmax(logits, -1)
     dropped = F.dropout(weights, dropout_p) if training and dropout_p > 0 else weights
-    out = product(*AV, dropped, v).permute(2, 0, 1, 3).reshape(length, batch, width)
+    out = mix_values(dropped, v, product, by_row).permute(2, 0, 1, 3).reshape(length, batch, width)
     out = linear(out, out_proj_weight, out_proj_bias)
     shown: Tensor | None = None
     if need_weights:

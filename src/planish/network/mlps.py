@@ -32,11 +32,12 @@ def put_relu(model: nn.Module, paths: Sequence[str]) -> list[str]:
     return list(paths)
 
 
-def find_mlps(model: nn.Module, example: Any) -> list[MLP]:
+def find_mlps(model: nn.Module, example: Any, also: tuple[type[nn.Module], ...] = ()) -> list[MLP]:
     """The MLPs of ``model`` in the order of execution: linear layers with nothing but a module that is GELU between.
 
-    They are found by watching one forward pass, by identity of tensors; what is a GELU is told by its values. Each of
-    the three modules has to run once. A GELU that is called as a function is not found.
+    They are found by watching one forward pass, by identity of tensors; what is a GELU is told by its values, or is a
+    module of a class in ``also``. Each of the three modules has to run once. A GELU that is called as a function is not
+    found.
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
     handles: list[Any] = []
@@ -49,7 +50,7 @@ def find_mlps(model: nn.Module, example: Any) -> list[MLP]:
         handles.append(module.register_forward_hook(keep))
 
     with evaluating(model), torch.no_grad():
-        gelus = {path for path, module in model.named_modules() if _is_gelu(module)}
+        gelus = {path for path, module in model.named_modules() if isinstance(module, also) or _is_gelu(module)}
         try:
             for path, module in model.named_modules():
                 if isinstance(module, nn.Linear) or path in gelus:

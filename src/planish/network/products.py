@@ -154,6 +154,10 @@ class ProductMode(TorchFunctionMode):
         """Whether the call belongs to the module that this mode looks after."""
         return True
 
+    def by_row(self) -> bool:
+        """Whether attention divides each row of its softmax output by the largest value (``network/rows.py``)."""
+        return False
+
     def fused(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """What the fused attention kernel shall be called with; ``None`` if attention has to be spelled out."""
         return None
@@ -175,9 +179,11 @@ class ProductMode(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             if len(args) >= 3 and (operands := self.fused(*args[:3])) is not None:
                 return func(*operands, *args[3:], **kwargs)
-            return attention.scaled_dot_product_attention(*args, product=self._attention_product, **kwargs)
+            return attention.scaled_dot_product_attention(
+                *args, product=self._attention_product, by_row=self.by_row(), **kwargs
+            )
         return attention.multi_head_attention_forward(
-            *args, product=self._attention_product, linear=self._attention_linear, **kwargs
+            *args, product=self._attention_product, linear=self._attention_linear, by_row=self.by_row(), **kwargs
         )
 
     def _attention_linear(self, *args: Any) -> Tensor:

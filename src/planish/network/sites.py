@@ -24,6 +24,7 @@ from planish.errors import PlanishError
 from planish.network.batches import call_model, copied, tensors_of
 from planish.network.modes import evaluating
 from planish.network.products import Call, ProductMode, prepares_weights
+from planish.network.rows import divides_rows
 
 # Modules whose forward is exactly one product of their own input and weight: their input is tapped where it comes in.
 _PLAIN_FORWARDS = {
@@ -106,6 +107,9 @@ class _Recorder(ProductMode):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     self.parameters.setdefault(id(parameter), (path, name))
+
+    def by_row(self) -> bool:
+        return divides_rows(self.frames[-1].module)
 
     def product(self, call: Call) -> Any:
         frame = self.frames[-1]

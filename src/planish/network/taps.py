@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network.products import Call, ProductMode
+from planish.network.rows import divides_rows
 from planish.network.sites import Product, Site
 
 CHILD = "planish_taps"
@@ -87,6 +88,9 @@ class _OperandTaps(ProductMode):
 
     def mine(self) -> bool:
         return _RUNNING[-1] is self.running
+
+    def by_row(self) -> bool:
+        return divides_rows(self.owner)
 
     def fused(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         taps = _taps(self.owner)

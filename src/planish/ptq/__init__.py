@@ -8,6 +8,8 @@ from planish.ptq.quantize import quantize
 from planish.ptq.reconstruction import Reconstruct
 from planish.ptq.refine import RefineRanges
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
+from planish.ptq.rows import ScaleRows
+from planish.ptq.smoothing import SmoothHidden
 from planish.ptq.splitting import SplitOutliers
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "RefineRanges",
     "Round",
     "ScaleHeads",
+    "ScaleRows",
+    "SmoothHidden",
     "SplitOutliers",
     "get_method",
     "quantize",

@@ -11,7 +11,6 @@ from planish.ptq.bias import CorrectBias
 from planish.ptq.compensation import BlockCompensation
 from planish.ptq.equalize import Equalize
 from planish.ptq.gptq import GPTQ
-from planish.ptq.heads import ScaleHeads
 from planish.ptq.norm_tuning import PrepareNorms, TuneNorms
 from planish.ptq.passes import Pass
 from planish.ptq.reconstruction import Reconstruct
@@ -21,6 +20,7 @@ from planish.ptq.repq import RepQ
 from planish.ptq.ridge import RidgeCorrection
 from planish.ptq.rotate import Rotate
 from planish.ptq.rounding import Calibrate, FoldBatchNorm, Round
+from planish.ptq.rows import ScaleRows
 from planish.ptq.splitting import SplitOutliers
 from planish.ptq.statistics import MatchStatistics
 
@@ -39,7 +39,7 @@ def _reconstructed(**options: Any) -> Callable[[], list[Pass]]:
     return lambda: [FoldBatchNorm(), Calibrate(), Round(), Reconstruct(**options)]
 
 
-APART: tuple[Pass, ...] = (Rotate(), ScaleHeads(), SplitOutliers())  # each leaves alone what it has no place in
+APART: tuple[Pass, ...] = (Rotate(), ScaleRows(), SplitOutliers())  # each leaves alone what it has no place in
 
 
 def _fast() -> list[Pass]:
