@@ -32,7 +32,8 @@ def test_the_mlps_of_many_networks(name):
 
 
 class Odd(nn.Module):
-    """Only `good` is an MLP: the others have no GELU between, no bias, something in between, or run twice."""
+    """Only `good` is an MLP: the others have no GELU between, no bias, something in between, run twice, or have two
+    readers or one that takes something else for the channels."""
 
     def __init__(self):
         super().__init__()
@@ -43,15 +44,20 @@ class Odd(nn.Module):
         self.between = nn.Sequential(linear(), nn.GELU(), nn.LayerNorm(4), linear())
         self.again = nn.Sequential(linear(), nn.GELU(), linear())
         self.one, self.two = linear(), linear()
+        self.both, self.left, self.right = nn.Sequential(linear(), nn.GELU()), linear(), linear()
+        self.turned, self.after = nn.Sequential(linear(), nn.GELU()), linear()
 
     def forward(self, x):
         x = self.between(self.plain(self.silu(self.good(x))))
-        return self.two(F.gelu(self.one(self.again(self.again(x)))))
+        x = self.two(F.gelu(self.one(self.again(self.again(x)))))
+        x = self.both(x)
+        x = self.left(x) + self.right(x)
+        return self.after(self.turned(x).mT)
 
 
 def test_what_is_no_mlp():
     torch.manual_seed(0)
-    assert find_mlps(Odd().eval(), torch.randn(1, 4)) == [MLP("good.0", "good.2", "good.4")]
+    assert find_mlps(Odd().eval(), torch.randn(1, 4, 4)) == [MLP("good.0", "good.2", "good.4")]
 
 
 def test_a_relu_is_put_there():
@@ -59,3 +65,14 @@ def test_a_relu_is_put_there():
     put_relu(model, paths=["blocks.0.mlp.act"])
     assert isinstance(model.blocks[0].mlp.act, nn.ReLU)
     assert isinstance(model.blocks[1].mlp.act, nn.GELU)
+
+
+@torch.no_grad()
+def test_a_relu_in_the_layers_of_pytorch_is_called():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=nn.GELU(), batch_first=True).eval()
+    plain = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation="relu", batch_first=True).eval()
+    plain.load_state_dict(model.state_dict())
+    put_relu(model, paths=["activation"])
+    x = torch.randn(3, 5, 8)
+    torch.testing.assert_close(model(x), plain(x))

@@ -41,6 +41,24 @@ def test_the_result_and_its_gradients_stay():
     torch.testing.assert_close(*gradients)
 
 
+def test_the_largest_value_is_a_constant_in_the_backward_pass():
+    """Rounded by a straight-through estimator, the rows get the gradient of the product as if nothing was rounded."""
+
+    def rounded(operator, names, left, right):
+        return (left + (left.mul(3).round() / 3 - left).detach()) @ right
+
+    p, v = draw(2, 3, 5, 7).softmax(-1).requires_grad_(), draw(2, 3, 7, 4)
+    mixed = mix_values(p, v, rounded, True)
+    (gradient,) = torch.autograd.grad(mixed.square().sum() / 2, p)
+    torch.testing.assert_close(gradient, mixed.detach() @ v.transpose(-2, -1))
+
+
+def test_under_autocast_the_type_stays_that_of_the_product():
+    p, v = draw(2, 5, 7).softmax(-1), draw(2, 7, 4).bfloat16()
+    product = lambda operator, names, left, right: left.to(right) @ right  # noqa: E731
+    assert mix_values(p, v, product, True).dtype == mix_values(p, v, product, False).dtype == torch.bfloat16
+
+
 def test_the_product_sees_rows_up_to_one():
     seen = {}
 
@@ -101,6 +119,14 @@ def test_multi_head_attention():
     options = (8, 2, layer.in_proj_weight, layer.in_proj_bias, None, None, False, 0.0, layer.out_proj.weight,
                layer.out_proj.bias)  # fmt: skip
     expected, weights = F.multi_head_attention_forward(x, x, x, *options)
-    ours, shown = multi_head_attention_forward(x, x, x, *options, product=multiply, by_row=True)
+    rows = []
+
+    def product(operator, names, left, right):
+        if operator == "attention_av":
+            rows.append(left)
+        return left @ right
+
+    ours, shown = multi_head_attention_forward(x, x, x, *options, product=product, by_row=True)
     torch.testing.assert_close(ours, expected)
     torch.testing.assert_close(shown, weights)
+    assert torch.equal(rows[0].amax(-1), torch.ones(rows[0].shape[:-1]))

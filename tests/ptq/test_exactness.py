@@ -1,12 +1,14 @@
 """Changes that must not change the outputs: told apart in float64, on a copy."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from planish.errors import PlanishError
 from planish.network import assign, attach, watch
-from planish.ptq.exactness import IMAGES, check_exact, few_images, relative_change, require_float
+from planish.ptq.exactness import IMAGES, check_exact, exact_ones, few_images, relative_change, require_float
 from planish.ptq.passes import Calibration
 
 
@@ -48,6 +50,42 @@ def test_a_network_that_insists_on_float32():
 
     with pytest.raises(PlanishError, match="rescaling cannot be checked, because the network does not run in float64"):
         check_exact(nn.Sequential(Single(5, 3)), lambda model, images: None, torch.randn(9, 5), "rescaling")
+
+
+def shift(model, changes):
+    """Odd numbers change a bias."""
+    for path, number in changes.items():
+        model.get_submodule(path).bias.add_(number % 2)
+
+
+def test_changes_that_are_exact_are_found_one_by_one():
+    model, x = network(), torch.randn(9, 5)
+    before = copy.deepcopy(model.state_dict())
+    assert exact_ones(model, {"0": 2, "2": 4}, shift, x, "moving") == ({"0": 2, "2": 4}, [])
+    kept, said = exact_ones(model, {"0": 2, "2": 3}, shift, x, "moving")
+    assert kept == {"0": 2}
+    assert len(said) == 1
+    assert said[0].startswith("moving 2 changes the outputs by ")
+    assert exact_ones(model, {}, shift, x, "moving") == ({}, [])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+
+
+def test_changes_that_are_exact_alone_and_not_together():
+    def double(model, changes):
+        if len(changes) == 2:
+            model[0].weight.mul_(2)
+
+    kept, said = exact_ones(network(), {"0": 1, "2": 1}, double, torch.randn(9, 5), "moving")
+    assert kept == {}
+    assert [text[:39] for text in said] == ["moving 0, 2 together changes the output"]
+
+
+def test_a_change_after_which_the_network_does_not_run():
+    def widen(model, images):
+        model[0] = nn.Linear(5, 8).double()
+
+    with pytest.raises(PlanishError, match=r"widening leaves a network that does not run, so it is left out: .*mat1"):
+        check_exact(network(), widen, torch.randn(9, 5), "widening")
 
 
 def test_relative_change():

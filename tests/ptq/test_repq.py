@@ -197,7 +197,7 @@ def test_a_norm_that_cannot_be_folded_is_left_out_by_name():
     work = work_on(model, x)
     RepQ()(work)
     assert len(notes(work)) == 1
-    assert "folding ranges into one changes the outputs" in notes(work)[0]
+    assert "folding the ranges into one changes the outputs" in notes(work)[0]
     assert torch.equal(work.model.a.weight, model.a.weight)
     assert not torch.equal(work.model.b.weight, model.b.weight)
     torch.testing.assert_close(run_logits(work.model, [x])[0], work.reference[0], rtol=1e-4, atol=1e-4)

@@ -7,7 +7,7 @@ from torch import nn
 from planish.deploy.checkpoint import load, save
 from planish.deploy.onnx.runtime import FLOAT
 from planish.errors import PlanishError
-from planish.network import ledger, taps_of, watch
+from planish.network import attach, ledger, taps_of
 from planish.network.rows import divides_rows
 from planish.ptq import Calibrate, Round, ScaleRows, quantize
 from planish.ptq.passes import run_logits
@@ -27,10 +27,15 @@ def quantized():
 
 
 def test_the_grid_reaches_from_zero_to_one(quantized):
-    for block in (0, 1):
-        grid = dict(taps_of(quantized))[SITE.format(block)].grid
-        assert grid.zero_point == 0
-        assert 0.9 <= float(grid.scale) * 15 <= 1.001
+    even = vit()
+    for block in even.blocks:
+        block.attn.qkv.weight.mul_(0.1)  # no row looks at one place alone
+    plain, rows = (quantize(even, [X], "w4a4", passes) for passes in (PASSES[1:], PASSES))
+    for found, least, most in ((quantized, 0.9, 1.001), (rows, 0.9, 1.001), (plain, 0.0, 0.5)):
+        for block in (0, 1):
+            grid = dict(taps_of(found))[SITE.format(block)].grid
+            assert grid.zero_point == 0
+            assert least <= float(grid.scale) * 15 <= most
     assert "scale-rows" in str(ledger(quantized))
 
 
@@ -38,7 +43,10 @@ def test_the_network_in_float_stays():
     work = work_on(uneven())
     ScaleRows()(work)
     assert all(divides_rows(block.attn) for block in work.model.blocks)
-    torch.testing.assert_close(run_logits(work.model, [X]), run_logits(uneven(), [X]))
+    expected = run_logits(work.model, [X])  # PyTorch's kernels; with taps the products are spelled out
+    attach(work.model, work.assignment.products, lambda site: nn.Identity())
+    torch.testing.assert_close(run_logits(work.model, [X]), expected)
+    torch.testing.assert_close(expected, run_logits(uneven(), [X]))
 
 
 def test_rounding_the_probabilities_hurts_less():
@@ -109,7 +117,11 @@ def test_attention_in_float_is_left_alone():
     log = []
     found = quantize(vit(), [X], "w4", PASSES, log=log.append)
     assert not any(divides_rows(module) for module in found.modules())
-    assert watch(vit(), X[:1]).products[0].name == found.planish_assignment.products[0].name
+    plain = quantize(vit(), [X], "w4", PASSES[1:])
+    assert torch.equal(torch.cat(run_logits(found, [X])), torch.cat(run_logits(plain, [X])))
+    assert [line["text"] for line in log if line["event"] == "note"] == [
+        "no attention with a quantized softmax output was found"
+    ]
 
 
 def test_it_comes_before_the_ranges():

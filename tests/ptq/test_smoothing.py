@@ -8,7 +8,7 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.network import taps_of
-from planish.network.hidden import Smoothed, put_factors
+from planish.network.hidden import Smoothed
 from planish.network.mlps import find_mlps
 from planish.ptq import Calibrate, Round, SmoothHidden, SplitOutliers, quantize
 from planish.ptq.passes import run_logits
@@ -18,19 +18,6 @@ from tests.ptq.test_repq import X, vit, work_on
 from tests.ptq.test_splitting import towering
 
 PASSES = [SmoothHidden(), Calibrate(), Round()]
-
-
-def test_factors_are_taken_back():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.GELU(), nn.Linear(6, 3)), torch.randn(4, 6)
-    expected = model(x)
-    assert put_factors(model, [("0", 6)]) == ["0"]
-    torch.testing.assert_close(model(x), expected, rtol=0, atol=0)  # all 1
-    factors = torch.rand(6) + 0.5
-    with torch.no_grad():
-        model[0].factors.copy_(1 / factors)
-        model[1].weight.mul_(factors)
-    torch.testing.assert_close(model(x), expected)
 
 
 def test_the_network_in_float_stays_and_the_ranges_shrink():
@@ -93,7 +80,7 @@ def test_without_mlps_nothing_changes():
     log = []
     found = quantize(net, [x], "w4a4", PASSES, log=log.append)
     notes = [line["text"] for line in log if line["event"] == "note"]
-    assert notes == ["no MLP with a GELU and quantized inputs behind it was found"]
+    assert notes == ["no GELU was found right in front of a linear layer with quantized inputs"]
     assert torch.equal(found(x), quantize(net, [x], "w4a4")(x))
 
 
@@ -105,6 +92,32 @@ def test_a_channel_that_is_always_zero():
     work = work_on(model)
     SmoothHidden(strength=1.0)(work)
     assert all(block.mlp.act.factors.isfinite().all() for block in work.model.blocks)
+
+
+class Readers(nn.Module):
+    """The hidden values of `one` are read by its second layer alone, those of `two` by something else as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+        self.first, self.act, self.second = nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4)
+
+    def forward(self, x):
+        hidden = self.act(self.first(self.one(x)))
+        return self.second(hidden) + hidden.square().sum(-1, keepdim=True)
+
+
+@pytest.mark.parametrize("step", [SmoothHidden(strength=1.0), SplitOutliers(threshold=1.0)])
+def test_an_mlp_whose_hidden_values_something_else_reads_is_left_alone(step):
+    torch.manual_seed(0)
+    model, x = Readers().eval().requires_grad_(False), torch.randn(12, 8)
+    work = work_on(copy.deepcopy(model), x)
+    step(work)
+    torch.testing.assert_close(work.model(x), model(x))
+    assert isinstance(work.model.act, nn.GELU)
+    assert not isinstance(work.model.one[1], nn.GELU)
+    texts = [line["text"] for line in work.log if "act changes the outputs by" in line.get("text", "")]
+    assert len(texts) == 1
 
 
 def test_a_weight_that_layers_share_is_left_alone():

@@ -8,7 +8,6 @@ from torch import nn
 
 from planish.errors import PlanishError
 from planish.network import taps_of
-from planish.network.hidden import Parts, put_parts
 from planish.ptq import Calibrate, Round, SplitOutliers, quantize
 from planish.ptq.passes import run_logits
 from planish.ptq.rotate import Rotate
@@ -25,16 +24,6 @@ def towering():
     for block in model.blocks:
         block.mlp.fc1.weight[5] *= 40
     return model
-
-
-def test_parts_add_up_to_what_they_were():
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.GELU(), nn.Linear(6, 3)), torch.randn(4, 6)
-    expected = model(x)
-    assert put_parts(model, [("0", "1", [(1, 4), (5, 3)])]) == ["0"]
-    assert model[1].weight.shape == (3, 11)
-    torch.testing.assert_close(model(x), expected)
-    torch.testing.assert_close(Parts(6, [(1, 4), (5, 3)])(x)[:, 1:5].sum(1), x[:, 1])
 
 
 def test_the_number_of_parts_follows_the_largest_values():

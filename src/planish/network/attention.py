@@ -30,7 +30,8 @@ def mix_values(probabilities: Tensor, value: Tensor, product: Product, by_row: b
         return product(*AV, probabilities, value)
     # a row of zeros, as dropout or a mask may leave it, stays one
     peak = probabilities.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(probabilities.dtype).tiny)
-    return product(*AV, probabilities / peak, value) * peak
+    mixed = product(*AV, probabilities / peak, value)
+    return mixed * peak.to(mixed.dtype)  # under autocast the softmax is float32, the product is not
 
 
 def scaled_dot_product_attention(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from planish.network.rebuilding import rebuilder
+from planish.network.rebuilding import exchange, rebuilder
 
 
 class Smoothed(nn.Module):
@@ -35,7 +35,7 @@ def put_factors(model: nn.Module, places: Sequence[tuple[str, int]]) -> list[str
     for path, channels in places:
         inner = model.get_submodule(path)
         device = next((p.device for p in model.parameters()), None)
-        model.set_submodule(path, Smoothed(inner, channels).to(device).train(inner.training))
+        exchange(model, path, Smoothed(inner, channels).to(device))
     return [path for path, _ in places]
 
 
@@ -77,7 +77,6 @@ def put_parts(model: nn.Module, places: Sequence[tuple[str, str, Sequence[tuple[
         wider.weight.copy_(layer.weight[:, parts.index])
         if layer.bias is not None:
             wider.bias.copy_(layer.bias)
-        wider.requires_grad_(layer.weight.requires_grad).train(layer.training)
-        model.set_submodule(path, nn.Sequential(model.get_submodule(path), parts))
-        model.set_submodule(reader, wider)
+        exchange(model, path, nn.Sequential(model.get_submodule(path), parts))
+        exchange(model, reader, wider.requires_grad_(layer.weight.requires_grad))
     return [path for path, *_ in places]

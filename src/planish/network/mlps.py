@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from planish.network.batches import call_model
 from planish.network.modes import evaluating
-from planish.network.rebuilding import rebuilder
+from planish.network.rebuilding import exchange, rebuilder
 
 
 @dataclass(frozen=True)
@@ -28,16 +29,16 @@ class MLP:
 def put_relu(model: nn.Module, paths: Sequence[str]) -> list[str]:
     """Exchange the modules at ``paths`` for ReLUs, in place; returns the paths."""
     for path in paths:
-        model.set_submodule(path, nn.ReLU())
+        exchange(model, path, nn.ReLU())
     return list(paths)
 
 
 def find_mlps(model: nn.Module, example: Any, also: tuple[type[nn.Module], ...] = ()) -> list[MLP]:
     """The MLPs of ``model`` in the order of execution: linear layers with nothing but a module that is GELU between.
 
-    They are found by watching one forward pass, by identity of tensors; what is a GELU is told by its values, or is a
-    module of a class in ``also``. Each of the three modules has to run once. A GELU that is called as a function is not
-    found.
+    They are found by watching one forward pass, by the memory of tensors; what is a GELU is told by its values, or is a
+    module of a class in ``also``. Each of the three modules has to run once, and no other linear layer may read what
+    the GELU gives; other readers are not seen. A GELU that is called as a function is not found.
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
     handles: list[Any] = []
@@ -63,16 +64,22 @@ def find_mlps(model: nn.Module, example: Any, also: tuple[type[nn.Module], ...] 
     once = [call for call in calls if paths.count(call[0]) == 1]
     linear = [call for call in once if getattr(model.get_submodule(call[0]), "bias", None) is not None]
     makers = {_place(output): path for path, _, output in linear}
-    readers = {_place(entering): path for path, entering, _ in linear}
+    readers = defaultdict(list)
+    for path, entering, _ in calls:
+        if path not in gelus:
+            readers[_place(entering)].append(path)
+    single = [path for path, *_ in linear]
     found = []
     for path, entering, output in once:
-        if path in gelus and _place(entering) in makers and _place(output) in readers:
-            found.append(MLP(makers[_place(entering)], path, readers[_place(output)]))
+        behind = readers[_place(output)]
+        if path in gelus and _place(entering) in makers and len(behind) == 1 and behind[0] in single:
+            found.append(MLP(makers[_place(entering)], path, behind[0]))
     return found
 
 
-def _place(tensor: Tensor) -> tuple[int, torch.Size]:
-    return tensor.data_ptr(), tensor.shape  # a dropout that is off gives another object with the same memory
+def _place(tensor: Tensor) -> tuple[int, torch.Size, tuple[int, ...]]:
+    # not by identity of objects: a dropout that is off gives another one with the same memory
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
 
 
 def _is_gelu(module: nn.Module) -> bool:

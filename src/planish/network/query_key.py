@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from planish.network.products import preparing_weights
-from planish.network.rebuilding import rebuilder
+from planish.network.rebuilding import exchange, rebuilder
 
 
 class QueryKeyAttention(nn.Module):
@@ -116,9 +116,9 @@ def reparameterize_query_key(model: nn.Module) -> list[str]:
         if not path:
             continue
         if type(module) is WindowAttention:
-            model.set_submodule(path, QueryKeyWindowAttention(module))
+            exchange(model, path, QueryKeyWindowAttention(module))
         elif type(module) is Attention and _is_plain(module):
-            model.set_submodule(path, QueryKeyAttention(module))
+            exchange(model, path, QueryKeyAttention(module))
         else:
             continue
         rebuilt.append(path)

@@ -16,6 +16,8 @@ T = TypeVar("T")
 
 TURNED = "turned-channels"  # a note of what is no change of structure
 NOTES = "planish_rebuilt"  # attribute of a rebuilt network: what was done to it, in order
+# What PyTorch's transformer layers ask before they leave for kernels that read the parameters past the modules.
+SHORTCUTS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 _REBUILDERS: dict[str, Callable[..., Any]] = {}
 
 
@@ -46,6 +48,23 @@ def rebuilder(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
 def rebuilt(model: nn.Module) -> list[dict[str, Any]]:
     """What was done to the structure of ``model``, in order: names and arguments."""
     return [dict(note) for note in getattr(model, NOTES, ())]
+
+
+def exchange(model: nn.Module, path: str, module: nn.Module) -> None:
+    """Put a module in the place of that at ``path`` and under every other name that the network has for it.
+
+    It takes over whether the old one was training. PyTorch's transformer layers around it no longer leave for kernels
+    that do not call their modules.
+    """
+    old = model.get_submodule(path)
+    module.train(old.training)
+    for name in [name for name, found in model.named_modules(remove_duplicate=False) if found is old]:
+        model.set_submodule(name, module)
+        parts = name.split(".")
+        for around in (model.get_submodule(".".join(parts[:end])) for end in range(len(parts))):
+            for kind, asked in SHORTCUTS.items():
+                if isinstance(around, kind):
+                    setattr(around, asked, False)
 
 
 @rebuilder(TURNED)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network.norm_readers import find_norm_readers
-from planish.network.rebuilding import rebuilder
+from planish.network.rebuilding import exchange, rebuilder
 
 
 @dataclass(frozen=True)
@@ -102,14 +102,10 @@ def plain_norms(model: nn.Module, norms: Sequence[str], scales: Sequence[str] = 
     """
     for path in norms:
         old: Any = model.get_submodule(path)
-        _replace(model, path, nn.RMSNorm(old.normalized_shape, eps=old.eps, elementwise_affine=False))
+        exchange(model, path, nn.RMSNorm(old.normalized_shape, eps=old.eps, elementwise_affine=False))
     for path in scales:
-        _replace(model, path, nn.Identity())
+        exchange(model, path, nn.Identity())
     return [*norms, *scales]
-
-
-def _replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    model.set_submodule(path, module.train(model.get_submodule(path).training))
 
 
 def _write(layer: Any, matrix: Tensor) -> None:

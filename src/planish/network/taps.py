@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from planish.errors import PlanishError
 from planish.network.products import Call, ProductMode
+from planish.network.rebuilding import SHORTCUTS
 from planish.network.rows import divides_rows
 from planish.network.sites import Product, Site
 
@@ -128,9 +129,8 @@ class _OperandTaps(ProductMode):
         return key
 
 
-# What the layers of nn.TransformerEncoder ask before they leave for kernels that go past the taps. In eager mode the
-# function mode keeps them here; a compiler does not tell them that one is active.
-_SHORTCUTS = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
+# In eager mode the function mode keeps PyTorch's transformer layers from kernels that go past the taps; a compiler does
+# not tell them that one is active.
 _NEVER = property(lambda self: False, lambda self, value: None)
 
 
@@ -159,7 +159,7 @@ def _tapped_class(
         return property(lambda self: _read_weight(self, name))
 
     members: dict[str, Any] = {name: weight(name) for name in weights}
-    members |= {name: _NEVER for kind, name in _SHORTCUTS.items() if issubclass(cls, kind)}
+    members |= {name: _NEVER for kind, name in SHORTCUTS.items() if issubclass(cls, kind)}
     if issubclass(cls, nn.Sequential):  # it runs all its children
         members["__iter__"] = lambda self: iter([m for name, m in self._modules.items() if name != CHILD])
     members |= {"forward": forward, "_planish_class": cls, "__module__": cls.__module__}
@@ -208,7 +208,7 @@ def attach(
     by_module: dict[str, list[Product]] = defaultdict(list)
     for product in products:
         by_module[product.module].append(product)
-    shortcuts = [path for path, module in model.named_modules() if isinstance(module, tuple(_SHORTCUTS))]
+    shortcuts = [path for path, module in model.named_modules() if isinstance(module, tuple(SHORTCUTS))]
     # The model itself gets a mode: it notices products of modules that had none when the model was watched, and keeps
     # PyTorch from the fused kernels of nn.TransformerEncoder, which would go past the taps.
     root = _always if shortcuts else watching

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from planish.errors import PlanishError
 from planish.network.batches import map_tensors
 from planish.network.taps import taps_of
 from planish.ptq.passes import Calibration, run_logits
+
+T = TypeVar("T")
 
 TOLERANCE = 1e-6  # largest change of a logit in float64, relative to the largest magnitude
 IMAGES = 4  # a change that is not exact shows on the first
@@ -28,19 +30,54 @@ def check_exact(model: nn.Module, change: Callable[[nn.Module, Any], None], batc
         what: the subject of the sentence if it is not ("turning the values").
 
     Raises:
-        PlanishError: the logits change, or the network does not run in float64.
+        PlanishError: the logits change, or the network does not run in float64, or no longer runs.
     """
     images = map_tensors(few_images(batch), lambda t: t.double() if t.is_floating_point() else t)
     before = copy.deepcopy(model).double()
     after = copy.deepcopy(before)
-    change(after, images)
     try:
-        (now,), (then,) = run_logits(after, [images]), run_logits(before, [images])
+        (then,) = run_logits(before, [images])
     except RuntimeError as error:
         raise PlanishError(f"{what} cannot be checked, because the network does not run in float64: {error}") from None
+    change(after, images)
+    try:
+        (now,) = run_logits(after, [images])
+    except RuntimeError as error:
+        raise PlanishError(f"{what} leaves a network that does not run, so it is left out: {error}") from None
     difference = relative_change(now, then)
     if not difference <= TOLERANCE:
         raise PlanishError(f"{what} changes the outputs by {difference:.1g} of the largest logit, so it is left out")
+
+
+def exact_ones(
+    model: nn.Module, changes: Mapping[str, T], make: Callable[[nn.Module, dict[str, T]], None], batch: Any, what: str
+) -> tuple[dict[str, T], list[str]]:
+    """Those of some changes that leave the outputs what they are, by :func:`check_exact`; a sentence for each other.
+
+    They are tried one by one only if all together are not exact.
+
+    Args:
+        changes: by the path of the module that each is about.
+        make: makes some of them in a network, in place.
+        what: the subject of the sentences, in front of the path.
+    """
+
+    def complaint(some: dict[str, T], about: str) -> str | None:
+        try:
+            check_exact(model, lambda copied, _: make(copied, some), batch, about)
+        except PlanishError as error:
+            return str(error)
+        return None
+
+    every = dict(changes)
+    if not every or complaint(every, what) is None:
+        return every, []
+    found = {path: complaint({path: change}, f"{what} {path}") for path, change in every.items()}
+    exact = {path: change for path, change in every.items() if found[path] is None}
+    said = [text for text in found.values() if text is not None]
+    if exact and (together := complaint(exact, f"{what} {', '.join(exact)} together")) is not None:
+        return {}, [*said, together]
+    return exact, said
 
 
 def few_images(batch: Any) -> Any:

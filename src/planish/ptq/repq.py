@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from planish.errors import PlanishError
 from planish.network import Site
 from planish.network.norm_readers import find_norm_readers
-from planish.ptq.exactness import check_exact, few_images, require_float
+from planish.ptq.exactness import exact_ones, few_images, require_float
 from planish.ptq.passes import Calibration, watch_sites
 from planish.quantizers import RunningRange
 from planish.quantizers.ranges import fit_rows, grid_of_range
@@ -68,16 +66,10 @@ class RepQ:
             return
         ranges = channel_ranges(calibration, [site for _, (site, _) in pairs.values()])
         folds = {norm: (linears, one_range(ranges[site.name], fmt)) for norm, (linears, (site, fmt)) in pairs.items()}
-        try:
-            check_exact(model, partial(_fold_all, folds), images, "folding the ranges into every LayerNorm")
-        except PlanishError:  # find out which one
-            for norm in list(folds):
-                try:
-                    check_exact(model, partial(_fold_all, {norm: folds[norm]}), images, f"folding ranges into {norm}")
-                except PlanishError as error:
-                    self._note(calibration, str(error))
-                    del folds[norm]
-        _fold_all(folds, model)
+        folds, left_out = exact_ones(model, folds, _fold_all, images, "folding the ranges into")
+        for text in left_out:
+            self._note(calibration, text)
+        _fold_all(model, folds)
 
     def _note(self, calibration: Calibration, text: str) -> None:
         calibration.note(self.name, text)
@@ -131,7 +123,7 @@ def input_formats(calibration: Calibration) -> dict[str, tuple[Site, Format]]:
     return found
 
 
-def _fold_all(folds: dict[str, tuple[list[str], Fold]], model: nn.Module, _images: Any = None) -> None:
+def _fold_all(model: nn.Module, folds: dict[str, tuple[list[str], Fold]]) -> None:
     for norm, (linears, fold) in folds.items():
         fold_into(model.get_submodule(norm), [model.get_submodule(path) for path in linears], fold)
 

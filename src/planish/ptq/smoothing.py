@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from planish.errors import PlanishError
 from planish.network.batches import first_image
 from planish.network.hidden import put_factors
 from planish.network.mlps import MLP, find_mlps
-from planish.ptq.exactness import require_float
+from planish.ptq.exactness import exact_ones, require_float
 from planish.ptq.outputs import count_holders
 from planish.ptq.passes import Calibration, watch_sites
 from planish.ptq.repq import input_formats
@@ -56,9 +57,10 @@ class SmoothHidden:
 
     SmoothQuant (Xiao et al. 2023, arXiv 2211.10438, equation 4, here without the weights' part) moves the differences
     between channels from the activations into the weights. Behind a norm the norm takes the factors; behind a GELU
-    nothing can, so they are a multiplication of each hidden value. The outputs in float stay what they were. Before
-    ``SplitOutliers``, which then has less to split, and before ``Calibrate``. A layer that shares its weight with
-    another is left as it is.
+    nothing can, so they are a multiplication of each hidden value. The outputs in float stay what they were: where a
+    few images show that they would not, because something else reads the hidden values, the log says so and the MLP is
+    left as it is. Before ``SplitOutliers``, which then has less to split, and before ``Calibrate``. A layer that shares
+    its weight with another is left as it is, too.
 
     Attributes:
         strength: the power. At 1 all channels would reach as far, and the weights would take all the differences.
@@ -84,19 +86,19 @@ class SmoothHidden:
         require_float(calibration, self.name)
         model, holders = calibration.model, count_holders(calibration.model)
         found = {
-            mlp: self.factors(largest)
+            mlp.gelu: (mlp.second, self.factors(largest))
             for mlp, largest in largest_hidden(calibration).items()
             if holders[id(model.get_submodule(mlp.second).weight)] == 1
         }
-        if not put_factors(model, [(mlp.gelu, len(factors)) for mlp, factors in found.items()]):
-            calibration.note(self.name, "no MLP with a GELU and quantized inputs behind it was found")
+        if not found:
+            calibration.note(self.name, "no GELU was found right in front of a linear layer with quantized inputs")
             return
-        for mlp, factors in found.items():
-            smoothed: Any = model.get_submodule(mlp.gelu)
-            layer: Any = model.get_submodule(mlp.second)
-            smoothed.factors.copy_(1 / factors)
-            layer.weight.mul_(factors.to(layer.weight.dtype))
-        calibration.plan_anew()
+        exact, left_out = exact_ones(model, found, _smooth, calibration.batches[0], "smoothing")
+        for text in left_out:
+            calibration.note(self.name, text)
+        if exact:
+            _smooth(model, exact)
+            calibration.plan_anew()
 
     def factors(self, largest: Tensor) -> Tensor:
         """What the channels (C,) are divided by, from the largest value of each."""
@@ -104,3 +106,13 @@ class SmoothHidden:
         if median == 0:
             return torch.ones_like(largest)
         return (largest / median).clamp(LEAST, self.most) ** self.strength
+
+
+def _smooth(model: nn.Module, found: Mapping[str, tuple[str, Tensor]]) -> None:
+    """Divide what the GELUs give by factors, and multiply the weights behind; by path of the GELU, with the layer's."""
+    put_factors(model, [(gelu, len(factors)) for gelu, (_, factors) in found.items()])
+    for gelu, (second, factors) in found.items():
+        smoothed: Any = model.get_submodule(gelu)
+        weight: Any = model.get_submodule(second).weight
+        smoothed.factors.copy_(1 / factors)
+        weight.copy_(weight.double() / smoothed.factors.double())  # of the factors as they are stored
