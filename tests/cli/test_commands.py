@@ -113,6 +113,40 @@ def test_quantize_writes_what_evaluate_reads(tiny, planish, shared, tmp_path):
     assert planish("quantize", *tiny, "--overwrite").status == 0
 
 
+def test_quantize_on_a_folder_of_images_without_labels(tiny, planish, shared, tmp_path):
+    from PIL import Image
+
+    from planish.data import load_unlabelled, make_loader
+    from planish.deploy.checkpoint import load
+    from planish.models import load_model
+    from planish.network import taps_of
+    from planish.ptq import quantize
+
+    model = tiny[:2]
+    assert model[0] == "--model"
+    folder = tmp_path / "any"
+    for i, path in enumerate(sorted((shared / "data" / "class0").iterdir())[:5]):
+        (folder / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+        Image.open(path).save(folder / f"{i % 2}" / f"{i}.png")
+    ended = planish("quantize", *model, "--unlabelled", folder, "--scheme", "w4a4")
+    assert ended.status == 0, ended.err
+    assert "calibration on all 5 images without labels, which is fewer than the 512 asked for" in ended.out
+    found = load(Path("quantized.safetensors"), trust=True)
+    assert found.planish_protocol["calibration_images"] == 5
+    assert found.planish_protocol["data"] == f"{folder}, without labels"
+    assert getattr(found, "planish_classes", None) is None
+    given = load_model(model[1], trust=True)
+    images, _ = load_unlabelled(folder, given.preprocessing)
+    expected = dict(taps_of(quantize(given.model, make_loader(images, 5, shuffle=False, seed=0), "w4a4")))
+    assert all(torch.equal(tap.scale, expected[name].scale) for name, tap in taps_of(found))
+    ended = planish("quantize", *tiny, "--unlabelled", folder, "--out", "b.safetensors")
+    assert ended.status == 2
+    assert f"--unlabelled {folder}: calibration reads one of them" in " ".join(ended.err.split())
+    ended = planish("quantize", *model, "--unlabelled", tmp_path / "nowhere", "--out", "b.safetensors")
+    assert ended.status == 2
+    assert "nowhere does not exist" in " ".join(ended.err.split())
+
+
 def test_quantize_within_a_budget(tiny, planish):
     from planish.cli.quantize import _spent
     from planish.deploy.checkpoint import load

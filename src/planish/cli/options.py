@@ -93,6 +93,8 @@ class Quantize:
     head, or one that gives features)"""
     budget_activations: bool = False
     """choose the bits of activations too, attention included; with a budget of bit operations"""
+    unlabelled: OptionalPath = None
+    """folder of images without labels to calibrate on, in place of --data"""
     out: Path = Path("quantized.safetensors")
     """file for the quantized model"""
     overwrite: bool = False

@@ -23,7 +23,7 @@ from planish.ptq.widths import total_bit_operations
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig, flat_dict
 from planish.recipes.kept import Kept, log_beside
-from planish.recipes.material import Material, prepare
+from planish.recipes.material import Sample, prepare_sample
 from planish.recipes.passes import chosen_passes
 from planish.recipes.processes import is_main, make_console
 from planish.recipes.session import free_cores, say, stoppable
@@ -55,22 +55,22 @@ def execute(command: Quantize) -> None:
     torch.set_num_threads(threads)
     check_task(command.task)
     with stoppable():
-        material = prepare(config, console, task=command.task)
-        now = {**flat_dict(command), **material.fingerprint()}
+        sample = prepare_sample(config, console, unlabelled=command.unlabelled, task=command.task)
+        now = {**flat_dict(command), **sample.found}
         kept.begin(now)
         with (
             saying_what_is_kept(kept.describe, command.models.batch_size), kept.interruptible(),
             kept.tracked((), now, console) as tell,
         ):  # fmt: skip
-            _quantize(command, config.schemes[0], material, bits, kept, console, tell)
+            _quantize(command, config.schemes[0], sample, bits, kept, console, tell)
     kept.drop()
 
 
 def _quantize(
-    command: Quantize, scheme: str, material: Material, bits: AssignBits | None, kept: Kept, console: Console,
+    command: Quantize, scheme: str, sample: Sample, bits: AssignBits | None, kept: Kept, console: Console,
     tell: Callable[[dict[str, Any]], None],
 ) -> None:  # fmt: skip
-    method, loaded = command.method, material.loaded
+    method, loaded = command.method, sample.loaded
     passes = chosen_passes(method, command.quantize, command.models.seed)
     if command.quantize.iterations is not None and not any(hasattr(step, "iterations") for step in passes):
         say(console, f"note: {method} learns nothing, so --iterations changes nothing")
@@ -85,7 +85,7 @@ def _quantize(
         verb = "going on with " if kept.holds_state() else ""
         work.begin(f"{verb}{loaded.name} at {scheme} by {method}")
         model = quantize(
-            loaded.model, material.calibration, scheme, passes, allow=command.quantize.allow,
+            loaded.model, sample.calibration, scheme, passes, allow=command.quantize.allow,
             checkpoint_dir=kept.state, resume=True, log=log, progress=work.at,
         )  # fmt: skip
         work.end()
@@ -94,14 +94,14 @@ def _quantize(
     console.print(str(table), markup=False, highlight=False, no_wrap=True, crop=False, overflow="ignore")
     console.print()
     protocol = {
-        "model": loaded.name, "checkpoint": loaded.weights_hash, "data": material.data.name, "method": method,
-        "calibration_images": material.calibration_images, "calibration_seed": command.models.seed,
+        "model": loaded.name, "checkpoint": loaded.weights_hash, "data": sample.source, "method": method,
+        "calibration_images": sample.images, "calibration_seed": command.models.seed,
     }  # fmt: skip
     if bits is not None:
         protocol |= {"budget": bits.budget, "budget_activations": bits.activations}
     kept.finish_log()
     if is_main():
-        names = None if task_of(model) is FEATURES else material.classes
+        names = None if task_of(model) is FEATURES else sample.classes
         save(model, command.out, protocol=protocol, classes=names)
     what = scheme if bits is None else " and ".join(table.shares)
     say(console, f"{command.out}: {what} by {method}; {weights_megabytes(model):.3f} MB of weights at their bits")

@@ -14,7 +14,7 @@ from rich.console import Console
 from planish.cli.ended import saying_what_is_kept
 from planish.cli.files import check_beside, check_target
 from planish.cli.options import Train, named
-from planish.data import load_unlabelled, make_loader
+from planish.data import make_loader
 from planish.deploy.checkpoint import save
 from planish.errors import PlanishError
 from planish.models import LoadedModel, state_hash
@@ -25,7 +25,7 @@ from planish.qat.oscillation import oscillation_report
 from planish.recipes.check import check_run
 from planish.recipes.config import RunConfig, flat_dict
 from planish.recipes.kept import Kept, log_beside
-from planish.recipes.material import prepare, tell_replaced, watch_images
+from planish.recipes.material import prepare, read_unlabelled, tell_replaced
 from planish.recipes.processes import is_main, make_console, on_main
 from planish.recipes.quantized import QuantizedTraining, check_start, read_start, split_epochs
 from planish.recipes.session import free_cores, say, stoppable
@@ -137,16 +137,12 @@ def _unlabelled(command: Train, loaded: LoadedModel, console: Console) -> tuple[
     if command.unlabelled is None:
         return None, {}
     options = command.models
-    images, notes = load_unlabelled(
-        command.unlabelled, loaded.preprocessing, seed=options.seed, progress=watch_images(console)
-    )
-    for note in notes:
-        say(console, f"note: {note}")
+    images, found = read_unlabelled(command.unlabelled, loaded, options.seed, console)
     loader = make_loader(
         images, min(options.batch_size, len(images)), shuffle=True, seed=options.seed, workers=options.workers,
         drop_last=True, augment=True,
     )  # fmt: skip
-    return loader, {"unlabelled_images": len(images), "unlabelled_hash": images.content}
+    return loader, found
 
 
 def _stages(training: QuantizedTraining) -> list[tuple[str, float]]:

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from planish.data import ImageData, calibration_subset, load_data, make_loader
+from planish.data import EncodedImages, ImageData, calibration_subset, load_data, load_unlabelled, make_loader
 from planish.data.listing import enumerated
 from planish.errors import PlanishError
 from planish.models import LoadedModel, check_classes, classes_of, load_model, loses_head
@@ -61,8 +61,56 @@ class Material:
         }  # fmt: skip
         if self.data.content:
             found["images_hash"] = self.data.content
-        processes = count_processes()  # each takes batches of its own
-        return found if processes == 1 else {**found, "processes": processes}
+        return _with_processes(found)
+
+
+@dataclass
+class Sample:
+    """The network as it was given, on the device where it will run, and the images on which its ranges are set.
+
+    Attributes:
+        source: what the images are called in a protocol.
+        classes: the names of the classes; ``None`` if nobody knows any.
+        found: what a resumed command must find again.
+    """
+
+    loaded: LoadedModel
+    calibration: DataLoader[Any]
+    source: str
+    classes: list[str] | None
+    found: dict[str, Any]
+
+    @property
+    def images(self) -> int:
+        """How many images there are."""
+        return len(self.calibration.dataset)  # type: ignore[arg-type]
+
+
+def prepare_sample(config: RunConfig, console: Console, *, unlabelled: Path | None = None, task: str = "") -> Sample:
+    """Load the model and a few images to set ranges on: of the data, or of a folder of images without labels."""
+    options = config.models
+    if unlabelled is None:
+        material = prepare(config, console, task=task)
+        names = material.data.name
+        return Sample(material.loaded, material.calibration, names, material.classes, material.fingerprint())
+    if options.data is not None:
+        raise PlanishError(f"give --data {options.data} or --unlabelled {unlabelled}: calibration reads one of them")
+    loaded = _load(config, task)
+    images, found = read_unlabelled(unlabelled, loaded, options.seed, console)
+    calibration = _calibration(config, images, [-1] * len(images), console)
+    found = _with_processes({"checkpoint": loaded.weights_hash, **found})
+    classes = getattr(loaded.model, "planish_classes", None)
+    return Sample(loaded, calibration, f"{unlabelled}, without labels", classes, found)
+
+
+def read_unlabelled(
+    folder: Path, loaded: LoadedModel, seed: int, console: Console
+) -> tuple[EncodedImages, dict[str, Any]]:
+    """The images of a folder without labels, and what a resumed command must find again of them."""
+    images, notes = load_unlabelled(folder, loaded.preprocessing, seed=seed, progress=watch_images(console))
+    for note in notes:
+        say(console, f"note: {note}")
+    return images, {"unlabelled_images": len(images), "unlabelled_hash": images.content}
 
 
 def prepare(config: RunConfig, console: Console, *, calibrate: bool = True, task: str = "") -> Material:
@@ -71,25 +119,44 @@ def prepare(config: RunConfig, console: Console, *, calibrate: bool = True, task
     ``task``: what the outputs mean (:mod:`planish.task`), if it is said.
     """
     options = config.models
-    loaded = load_for(task, options.model, options.weights)
-    if next(loaded.model.parameters(), None) is None:
-        raise PlanishError(f"{options.model} has no parameters, so there is nothing to quantize")
+    loaded = _load(config, task)
     data = load_data(options.data, loaded.preprocessing, seed=options.seed, progress=watch_images(console))
     for note in data.notes:
         say(console, f"note: {note}")
     check_classes(loaded.model, data)
+    whole = len(data.train_labels) >= options.batch_size
+    train = _loader(config, data.train, shuffle=True, drop_last=whole, augment=True)
+    calibration = _calibration(config, data.train, data.train_labels, console if calibrate else None)
+    return Material(loaded, data, train, calibration, _loader(config, data.test, shuffle=False))
+
+
+def _load(config: RunConfig, task: str) -> LoadedModel:
+    """The network, on the device where it will run."""
+    options = config.models
+    loaded = load_for(task, options.model, options.weights)
+    if next(loaded.model.parameters(), None) is None:
+        raise PlanishError(f"{options.model} has no parameters, so there is nothing to quantize")
     loaded.model.to(make_accelerator(config.train.mixed_precision).device)
-    size, seed, images = options.batch_size, options.seed, len(data.train_labels)
+    return loaded
 
-    def loader(dataset: Any, **kwargs: Any) -> DataLoader[Any]:
-        return make_loader(dataset, size, seed=seed, workers=options.workers, **kwargs)
 
-    wanted = config.quantize.calibration_images
-    if wanted > images and calibrate:
-        say(console, f"note: calibration on all {images} training images, which is fewer than the {wanted} asked for")
-    subset = calibration_subset(data.train, data.train_labels, min(wanted, images), seed)
-    train = loader(data.train, shuffle=True, drop_last=images >= size, augment=True)
-    return Material(loaded, data, train, loader(subset, shuffle=False), loader(data.test, shuffle=False))
+def _loader(config: RunConfig, dataset: Any, **kwargs: Any) -> DataLoader[Any]:
+    options = config.models
+    return make_loader(dataset, options.batch_size, seed=options.seed, workers=options.workers, **kwargs)
+
+
+def _calibration(config: RunConfig, dataset: Any, labels: list[int], console: Console | None) -> DataLoader[Any]:
+    """The images that ranges are set on; fewer than were asked for if there are no more, which the console says."""
+    wanted, images = config.quantize.calibration_images, len(labels)
+    if wanted > images and console is not None:
+        what = "images without labels" if -1 in labels else "training images"
+        say(console, f"note: calibration on all {images} {what}, which is fewer than the {wanted} asked for")
+    return _loader(config, calibration_subset(dataset, labels, min(wanted, images), config.models.seed), shuffle=False)
+
+
+def _with_processes(found: dict[str, Any]) -> dict[str, Any]:
+    processes = count_processes()  # each takes batches of its own
+    return found if processes == 1 else {**found, "processes": processes}
 
 
 def tell_replaced(material: Material, console: Console) -> dict[str, Any]:
