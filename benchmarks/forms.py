@@ -47,7 +47,7 @@ def forms(training: TrainingSettings) -> dict[str, FlattenSettings | None]:
         "swa, last half": plain(training, equal_averaging=True, averaging_start=0.5),
         "sam": plain(training, sam=0.05),
         "asam": plain(training, sam=0.5, adaptive_sam=True),
-        **{f"averaged + kurtosis, {w:g}": replace(averaged, kurtosis=w) for w in (0.1, 1.0, 10.0)},
+        **{f"averaged + kurtosis, {w:g}": replace(averaged, kurtosis=w) for w in (0.1, 1.0, 10.0, 100.0)},
         **{f"averaged + gradient-L1, {w:g}": replace(averaged, gradient_l1=w) for w in (1e-4, 1e-3, 1e-2, 5e-2)},
         "activations rounded, every step": replace(
             noisy, activation_noise="residual", clip_activations=True, activation_part=1.0, until=1.0
