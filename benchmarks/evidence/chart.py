@@ -26,7 +26,7 @@ NETWORKS = {
     "cifar10-vit": "ViT,\nCIFAR-10 (JPEG)", "tin100-vit": "ViT,\nTiny-ImageNet-100",
 }  # fmt: skip
 METHODS = {"rtn": "rounded to nearest", "matched": "matched", "fast": "fast"}
-ARMS = ("given", "averaged", "asam", "flat", "flat, without labels", "flat, without labels, batch statistics")
+ARMS = ("given", "averaged", "asam", "kure", "flat", "flat, without labels", "flat, without labels, batch statistics")
 SCHEMES = ("float", "w4a4", "w3a3", "w2a2")
 
 
@@ -37,7 +37,7 @@ def draw(axes: Axes, cells: Cells, network: str, method: str) -> None:
         if not any(points[1:]):
             continue
         axes.errorbar(
-            [x + 0.05 * (index - 2.5) for x in range(len(SCHEMES))],
+            [x + 0.05 * (index - 3) for x in range(len(SCHEMES))],
             [statistics.mean(p) if p else float("nan") for p in points],
             yerr=[statistics.stdev(p) / len(p) ** 0.5 if len(p) > 1 else 0.0 for p in points],
             label=arm, color=LIGHT[index], marker=MARKERS[index], markersize=4.5, capsize=2, linewidth=1.4,
