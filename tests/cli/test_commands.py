@@ -142,6 +142,16 @@ def test_quantize_on_a_folder_of_images_without_labels(tiny, planish, shared, tm
     ended = planish("quantize", *tiny, "--unlabelled", folder, "--out", "b.safetensors")
     assert ended.status == 2
     assert f"--unlabelled {folder}: calibration reads one of them" in " ".join(ended.err.split())
+    (tmp_path / "m.py").write_text(
+        "from torch import nn\nLOOKS = {'input_size': [1, 16, 16], 'mean': [0.5], 'std': [0.25], 'crop_pct': 1.0}\n"
+        "def tokens():\n    model = nn.Sequential(nn.Conv2d(1, 3, 3))\n    model.planish_preprocessing = LOOKS\n"
+        "    return model\ndef wide():\n    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 3))\n"
+        "    model.planish_preprocessing = LOOKS\n    return model\n"
+    )
+    for name, words in (("tokens", "output has shape (1, 3, 14, 14)"), ("wide", "cannot take images of shape (1, 16,")):
+        ended = planish("quantize", f"{tmp_path / 'm.py'}:{name}", "--unlabelled", folder, "--out", "b.safetensors")
+        assert ended.status == 2
+        assert words in " ".join(ended.err.split())
     ended = planish("quantize", *model, "--unlabelled", tmp_path / "nowhere", "--out", "b.safetensors")
     assert ended.status == 2
     assert "nowhere does not exist" in " ".join(ended.err.split())

@@ -33,6 +33,26 @@ def test_parts_add_up_to_what_they_were():
     torch.testing.assert_close(Parts(6, [(1, 4), (5, 3)])(x)[:, 1:5].sum(1), x[:, 1])
 
 
+@torch.no_grad()
+def test_parts_are_exact_in_float64():
+    """A third is no number of float32, in which the factors are stored; the columns make up for it."""
+    model, x = nn.Sequential(nn.Identity(), nn.Linear(2, 1)).double(), torch.tensor([[1e6, 1.0]]).double()
+    model[1].weight.fill_(1.0)
+    model[1].bias.fill_(-1e6)
+    put_parts(model, [("0", "1", [(0, 3)])])
+    torch.testing.assert_close(model(x), torch.ones(1, 1).double(), rtol=1e-9, atol=1e-9)
+
+
+def test_what_stays_inside_keeps_its_mode():
+    model = nn.Sequential(nn.Sequential(nn.Dropout(0.5), nn.GELU()), nn.Linear(6, 3)).train()
+    model[0][0].eval()
+    put_factors(model, [("0", 6)])
+    assert model[0].training
+    assert not model[0].inner[0].training
+    assert put_parts(model.eval(), [("0", "1", [(1, 3)])])
+    assert not any(module.training for module in model.modules())
+
+
 class Twice(nn.Module):
     """A GELU and a layer that have two names each."""
 

@@ -67,6 +67,17 @@ def test_a_relu_is_put_there():
     assert isinstance(model.blocks[1].mlp.act, nn.GELU)
 
 
+def test_the_layers_of_pytorch_with_a_mask():
+    """In eval mode they would make a nested tensor of it."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, activation=nn.GELU(), batch_first=True)
+    model = nn.TransformerEncoder(layer, 1).eval()
+    mask = torch.arange(5).ge(torch.tensor([[5], [4]]))
+    found = find_mlps(model, {"src": torch.randn(2, 5, 8), "src_key_padding_mask": mask})
+    assert found == [MLP(*(f"layers.0.{name}" for name in ("linear1", "activation", "linear2")))]
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 @torch.no_grad()
 def test_a_relu_in_the_layers_of_pytorch_is_called():
     torch.manual_seed(0)

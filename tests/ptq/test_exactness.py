@@ -88,6 +88,31 @@ def test_a_change_after_which_the_network_does_not_run():
         check_exact(network(), widen, torch.randn(9, 5), "widening")
 
 
+def test_whatever_a_changed_model_raises_is_told():
+    class Picky(nn.Linear):
+        def forward(self, x):
+            left, right = x.split(4, -1)
+            return super().forward(torch.cat([left, right], -1))
+
+    def widen(model, images):
+        model[0] = nn.Linear(5, 12).double()
+
+    model = nn.Sequential(nn.Linear(5, 7), Picky(7, 3))
+    with pytest.raises(PlanishError, match="does not run, so it is left out: too many values to unpack"):
+        check_exact(model, widen, torch.randn(9, 5), "widening")
+
+
+def test_a_network_that_cannot_be_checked_is_told_once():
+    class Single(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.float())
+
+    kept, said = exact_ones(nn.Sequential(Single(5, 3)), {"0": 2, "1": 2}, shift, torch.randn(9, 5), "moving")
+    assert kept == {}
+    assert len(said) == 1
+    assert said[0].startswith("moving 0 and 1 more cannot be checked")
+
+
 def test_relative_change():
     assert relative_change(torch.tensor([1.0, -3.0]), torch.tensor([1.0, -4.0])) == 0.25
     assert relative_change(torch.zeros(2), torch.zeros(2)) == 0

@@ -22,7 +22,7 @@ from planish.models.torchvision_models import PREFIX as TORCHVISION
 from planish.models.torchvision_models import build_torchvision, load_torchvision
 from planish.models.weights import fit_weights, read_weights, state_hash
 from planish.network.batches import logits_of
-from planish.task import FEATURES, LABELS, say_task, task_of
+from planish.task import FEATURES, LABELS, Task, say_task, task_of
 
 if TYPE_CHECKING:
     from planish.data import ImageData
@@ -205,26 +205,9 @@ def check_classes(model: nn.Module, data: ImageData) -> None:
     Raises:
         PlanishError: when they differ, or when the model cannot take such an image.
     """
-    image = data.test[0][0][None]
-    parameter = next(model.parameters(), None)
-    training = model.training
-    try:
-        output = model.eval()(image if parameter is None else image.to(parameter))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        own = getattr(model, "planish_recipe", {}).get("source") == "file"
-        advice = "; your own model says what it takes in its attribute planish_preprocessing (docs/models.md)"
-        raise PlanishError(
-            f"the model cannot take images of shape {tuple(image.shape[1:])}, as they are prepared for it from "
-            f"{data.name}: {error}{advice if own else ''}"
-        ) from error
-    finally:
-        model.train(training)
-    output = logits_of(output)
-    task = task_of(model, output)
+    output, task = check_output(model, data.test[0][0], data.name)
     if task is FEATURES:
         return
-    if output.dim() != 2:
-        raise PlanishError(f"the model's output has shape {tuple(output.shape)}, expected logits (images, classes)")
     if task is LABELS and output.shape[1] == 1 and len(data.classes) == 2:
         return  # the second class, or not
     if output.shape[1] != len(data.classes):
@@ -239,6 +222,36 @@ def check_classes(model: nn.Module, data: ImageData) -> None:
             f"the model's class {wrong} is {own[wrong]!r} and that of {data.name} is {data.classes[wrong]!r}: the "
             f"names are the same in another order, so put the data's into the model's (class folders sort by name)"
         )
+
+
+def check_output(model: nn.Module, image: Tensor, source: str) -> tuple[Tensor, Task]:
+    """Put one image (channels, height, width) through the model; what comes out, and what it means.
+
+    Args:
+        source: where the image is from, for the sentence.
+
+    Raises:
+        PlanishError: the model cannot take such an image, or gives no logits.
+    """
+    image = image[None]
+    parameter = next(model.parameters(), None)
+    training = model.training
+    try:
+        output = model.eval()(image if parameter is None else image.to(parameter))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        own = getattr(model, "planish_recipe", {}).get("source") == "file"
+        advice = "; your own model says what it takes in its attribute planish_preprocessing (docs/models.md)"
+        raise PlanishError(
+            f"the model cannot take images of shape {tuple(image.shape[1:])}, as they are prepared for it from "
+            f"{source}: {error}{advice if own else ''}"
+        ) from error
+    finally:
+        model.train(training)
+    output = logits_of(output)
+    task = task_of(model, output)
+    if task is not FEATURES and output.dim() != 2:
+        raise PlanishError(f"the model's output has shape {tuple(output.shape)}, expected logits (images, classes)")
+    return output, task
 
 
 def classes_of(model: nn.Module, data: ImageData) -> list[str]:

@@ -74,7 +74,9 @@ def put_parts(model: nn.Module, places: Sequence[tuple[str, str, Sequence[tuple[
         assert isinstance(layer, nn.Linear)
         parts = Parts(layer.in_features, counts).to(layer.weight.device)
         wider = nn.Linear(len(parts.index), layer.out_features, layer.bias is not None).to(layer.weight)
-        wider.weight.copy_(layer.weight[:, parts.index])
+        copies = (parts.index[:, None] == parts.index).sum(1)
+        # of the factors as they are stored: 1 / 3 is not a number of theirs
+        wider.weight.copy_(layer.weight[:, parts.index].double() / (copies * parts.factors.double()))
         if layer.bias is not None:
             wider.bias.copy_(layer.bias)
         exchange(model, path, nn.Sequential(model.get_submodule(path), parts))

@@ -42,6 +42,7 @@ def find_mlps(model: nn.Module, example: Any, also: tuple[type[nn.Module], ...] 
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
     handles: list[Any] = []
+    fast = torch.backends.mha.get_fastpath_enabled()
 
     def watch(path: str, module: nn.Module) -> None:
         def keep(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -56,8 +57,10 @@ def find_mlps(model: nn.Module, example: Any, also: tuple[type[nn.Module], ...] 
             for path, module in model.named_modules():
                 if isinstance(module, nn.Linear) or path in gelus:
                     watch(path, module)
+            torch.backends.mha.set_fastpath_enabled(False)  # which makes nested tensors and calls no modules
             call_model(model, example)
         finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
             for handle in handles:
                 handle.remove()
     paths = [path for path, *_ in calls]

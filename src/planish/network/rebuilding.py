@@ -53,11 +53,14 @@ def rebuilt(model: nn.Module) -> list[dict[str, Any]]:
 def exchange(model: nn.Module, path: str, module: nn.Module) -> None:
     """Put a module in the place of that at ``path`` and under every other name that the network has for it.
 
-    It takes over whether the old one was training. PyTorch's transformer layers around it no longer leave for kernels
-    that do not call their modules.
+    What is new in it takes over whether the old one was training. PyTorch's transformer layers around it no longer
+    leave for kernels that do not call their modules.
     """
     old = model.get_submodule(path)
-    module.train(old.training)
+    kept = set(old.modules())
+    for part in module.modules():
+        if part not in kept:
+            part.training = old.training
     for name in [name for name, found in model.named_modules(remove_duplicate=False) if found is old]:
         model.set_submodule(name, module)
         parts = name.split(".")

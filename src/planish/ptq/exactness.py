@@ -20,6 +20,10 @@ TOLERANCE = 1e-6  # largest change of a logit in float64, relative to the larges
 IMAGES = 4  # a change that is not exact shows on the first
 
 
+class NotChecked(PlanishError):
+    """Nothing can be said of any change: the network as it is does not run in float64."""
+
+
 @torch.no_grad()
 def check_exact(model: nn.Module, change: Callable[[nn.Module, Any], None], batch: Any, what: str) -> None:
     """Do ``change(model, images)`` to a copy in float64 and compare the logits of a few images; the model is untouched.
@@ -32,17 +36,17 @@ def check_exact(model: nn.Module, change: Callable[[nn.Module, Any], None], batc
     Raises:
         PlanishError: the logits change, or the network does not run in float64, or no longer runs.
     """
-    images = map_tensors(few_images(batch), lambda t: t.double() if t.is_floating_point() else t)
-    before = copy.deepcopy(model).double()
-    after = copy.deepcopy(before)
     try:
+        images = map_tensors(few_images(batch), lambda t: t.double() if t.is_floating_point() else t)
+        before = copy.deepcopy(model).double()
         (then,) = run_logits(before, [images])
-    except RuntimeError as error:
-        raise PlanishError(f"{what} cannot be checked, because the network does not run in float64: {error}") from None
+    except Exception as error:
+        raise NotChecked(f"{what} cannot be checked, because the network does not run in float64: {error}") from None
+    after = copy.deepcopy(before)
     change(after, images)
     try:
         (now,) = run_logits(after, [images])
-    except RuntimeError as error:
+    except Exception as error:  # whatever the code of a model raises
         raise PlanishError(f"{what} leaves a network that does not run, so it is left out: {error}") from None
     difference = relative_change(now, then)
     if not difference <= TOLERANCE:
@@ -65,13 +69,21 @@ def exact_ones(
     def complaint(some: dict[str, T], about: str) -> str | None:
         try:
             check_exact(model, lambda copied, _: make(copied, some), batch, about)
+        except NotChecked:
+            raise
         except PlanishError as error:
             return str(error)
         return None
 
     every = dict(changes)
-    if not every or complaint(every, what) is None:
-        return every, []
+    if not every:
+        return {}, []
+    first, *more = every
+    try:
+        if complaint(every, f"{what} {first}" + f" and {len(more)} more" * bool(more)) is None:
+            return every, []
+    except NotChecked as error:
+        return {}, [str(error)]
     found = {path: complaint({path: change}, f"{what} {path}") for path, change in every.items()}
     exact = {path: change for path, change in every.items() if found[path] is None}
     said = [text for text in found.values() if text is not None]

@@ -114,5 +114,5 @@ def _smooth(model: nn.Module, found: Mapping[str, tuple[str, Tensor]]) -> None:
     for gelu, (second, factors) in found.items():
         smoothed: Any = model.get_submodule(gelu)
         weight: Any = model.get_submodule(second).weight
-        smoothed.factors.copy_(1 / factors)
-        weight.copy_(weight.double() / smoothed.factors.double())  # of the factors as they are stored
+        smoothed.factors.copy_((1 / factors).to(weight.dtype))
+        weight.copy_(weight.double() / smoothed.factors.double())  # of the factors as they are used

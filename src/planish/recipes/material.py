@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from planish.data import EncodedImages, ImageData, calibration_subset, load_data, load_unlabelled, make_loader
 from planish.data.listing import enumerated
 from planish.errors import PlanishError
-from planish.models import LoadedModel, check_classes, classes_of, load_model, loses_head
+from planish.models import LoadedModel, check_classes, check_output, classes_of, load_model, loses_head
 from planish.recipes.config import RunConfig
 from planish.recipes.processes import count_processes
 from planish.recipes.session import say
@@ -97,6 +97,7 @@ def prepare_sample(config: RunConfig, console: Console, *, unlabelled: Path | No
         raise PlanishError(f"give --data {options.data} or --unlabelled {unlabelled}: calibration reads one of them")
     loaded = _load(config, task)
     images, found = read_unlabelled(unlabelled, loaded, options.seed, console)
+    check_output(loaded.model, images[0][0], str(unlabelled))
     calibration = _calibration(config, images, [-1] * len(images), console)
     found = _with_processes({"checkpoint": loaded.weights_hash, **found})
     classes = getattr(loaded.model, "planish_classes", None)
